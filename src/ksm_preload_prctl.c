@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * libksm_preload_prctl.so: opts the process it is loaded into in to KSM, and does nothing else.
+ *
+ * Everything this file does happens once, in its constructor, before main(): one system call to
+ * learn whether the program is privileged, one to switch the kernel's flag.  It needs no libc, exports
+ * no symbol, allocates nothing, opens nothing, leaves errno alone.  Every failure means the same:
+ * the program runs as if we were not here.
+ */
+#include "merge.h"
+#include "rawsys.h"
+#include "settings.h"
+
+#include <elf.h>
+
+/* Linux 6.4, as is PR_SET_MEMORY_MERGE: where this is missing there is nothing to do either. */
+#define PR_GET_AUXV 0x41555856
+
+/* musl calls constructors without arguments, but has set __environ by then (ldso/dynlink.c). glibc
+ * passes argc, argv and envp (elf/dl-init.c), but may set __environ later. */
+extern char **__environ __attribute__((weak));
+
+static long process_control(long option, long a, long b)
+{
+    /* All five arguments are checked by the kernel; systemd 254 passed two and got EINVAL. */
+    return raw_syscall5(RAW_prctl, option, a, b, 0, 0);
+}
+
+/*
+ * 1 under AT_SECURE (set-uid, set-gid, file capabilities, an LSM's word), 0 if not, -1 unknown.
+ *
+ * The kernel's copy is asked and not the stack behind envp: for a privileged program glibc has
+ * removed variables from envp by then, and the gap it leaves reads as an empty vector.
+ */
+static int is_privileged(void)
+{
+    /* The kernel fills at most AT_VECTOR_SIZE words: about 50 on x86_64 6.18, and growing. */
+    unsigned long auxv[2 * 64];
+    long size = process_control(PR_GET_AUXV, (long)auxv, sizeof auxv);
+
+    if (size < 0)
+        return -1;
+    if (size > (long)sizeof auxv)
+        size = sizeof auxv;
+    for (unsigned i = 0; (long)((i + 2) * sizeof auxv[0]) <= size; i += 2) {
+        if (auxv[i] == AT_SECURE)
+            return auxv[i + 1] != 0;
+        if (auxv[i] == AT_NULL)
+            break;
+    }
+    return -1;
+}
+
+static char *const *environment(int argc, char **argv, char **envp)
+{
+    /* Without glibc the arguments are whatever the registers held: believed only if they fit. */
+    if (argc >= 0 && argv != NULL && envp == argv + argc + 1)
+        return envp;
+    return &__environ != NULL ? __environ : NULL;
+}
+
+static void say(const char *text)
+{
+    long length = 0;
+
+    while (text[length] != '\0')
+        length++;
+    raw_syscall5(RAW_write, 2, (long)text, length, 0, 0);
+}
+
+/* Clearing costs nothing where nothing was set, and cannot fail on a process that is just
+ * starting: ENOMEM comes from splitting merged pages, of which it has none yet. */
+static void leave_out(void)
+{
+    process_control(KSM_PR_SET_MEMORY_MERGE, 0, 0);
+}
+
+__attribute__((constructor)) static void opt_in(int argc, char **argv, char **envp)
+{
+    struct settings settings;
+    long error;
+
+    switch (is_privileged()) {
+    case 0:
+        break;
+    case 1:
+        /* The flag survives a set-uid exec, so an unprivileged parent may have given it to us. */
+        leave_out();
+        return;
+    default:
+        return;
+    }
+
+    settings = read_settings(environment(argc, argv, envp));
+    if (settings.off || settings.madvise) {
+        leave_out();
+        if (settings.verbose)
+            say(settings.off ? "ksm_preload: left out: KSM_PRELOAD=off\n"
+                             : "ksm_preload: left to libksm_preload.so: KSM_PRELOAD=madvise\n");
+        return;
+    }
+
+    error = process_control(KSM_PR_SET_MEMORY_MERGE, 1, 0);
+    if (settings.verbose)
+        say(error == 0 ? "ksm_preload: opted in (prctl)\n"
+                       : "ksm_preload: not opted in: the kernel refused the prctl\n");
+}

@@ -1,0 +1,282 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * ksm-wrapper CMD [ARG...]: opts in, then becomes the program: same PID, parent, descriptors, signals.
+ *
+ * The kernel's flag is set here, and on Linux >= 6.10 survives the exec, also into static programs.
+ * The library goes into LD_PRELOAD for the rest: kernels that drop the flag on exec (6.4 - 6.6), kernels
+ * without it, and to let KSM_PRELOAD=off work in every program started further down.
+ */
+#define _GNU_SOURCE
+#include "config.h"
+#include "merge.h"
+#include "preload_list.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef MADV_MERGEABLE
+#define MADV_MERGEABLE 12 /* linux/mman.h; musl has it only under _BSD_SOURCE */
+#endif
+
+/* As ksmtool's (python/ksmtool/errors.py), and the shell's for a program that does not start. */
+enum { FAILED = 1, USAGE = 2, UNSUPPORTED = 4, CANNOT_EXEC = 126, NOT_FOUND = 127 };
+
+enum method { AUTO, PRCTL, MADVISE };
+
+static const char usage[] =
+    "Usage: ksm-wrapper [OPTION...] [--] CMD [ARG...]\n"
+    "Run CMD with its memory open to KSM, the kernel's merging of equal pages.\n"
+    "\n"
+    "  --method auto|prctl|madvise  how to opt in (auto: prctl where the kernel has it)\n"
+    "  --no-preload                 leave LD_PRELOAD alone: the kernel's flag only\n"
+    "  --show                       print the method and LD_PRELOAD, run nothing\n"
+    "  --probe                      print what this kernel can, run nothing\n"
+    "  --help, --version\n"
+    "\n"
+    "Environment: KSM_PRELOAD=off leaves CMD out, KSM_PRELOAD_VERBOSE=1 makes the library\n"
+    "say one line on stderr. Exit status: that of CMD; 126 CMD cannot be run, 127 not found;\n"
+    "1 failed, 2 wrong usage, 4 not supported by this kernel.\n"
+    "Memory is merged with that of every other opted-in process: use it inside one security\n"
+    "domain only.\n";
+
+__attribute__((noreturn, format(printf, 2, 3))) static void die(int status, const char *format, ...)
+{
+    va_list args;
+
+    fputs("ksm-wrapper: ", stderr);
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+    exit(status);
+}
+
+static int set_flag(unsigned long value)
+{
+    return prctl(KSM_PR_SET_MEMORY_MERGE, value, 0UL, 0UL, 0UL);
+}
+
+static int get_flag(void)
+{
+    return prctl(KSM_PR_GET_MEMORY_MERGE, 0UL, 0UL, 0UL, 0UL);
+}
+
+/* EINVAL here means a kernel without CONFIG_KSM: the only sure sign (facts: mm/madvise.c). */
+static bool madvise_works(void)
+{
+    size_t size = (size_t)sysconf(_SC_PAGESIZE);
+    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    bool works = page != MAP_FAILED && madvise(page, size, MADV_MERGEABLE) == 0;
+
+    if (page != MAP_FAILED)
+        munmap(page, size);
+    return works;
+}
+
+/* Prints `NAME yes|no`; the second half runs in the program that the first half execs. */
+static void probe(void)
+{
+    static char name[] = "ksm-wrapper", rest[] = "--probe-exec";
+    char *argv[] = {name, rest, NULL};
+    bool has_flag = set_flag(1) == 0;
+
+    printf("prctl %s\nmadvise %s\n", has_flag ? "yes" : "no", madvise_works() ? "yes" : "no");
+    fflush(stdout);
+    if (has_flag)
+        execv("/proc/self/exe", argv);
+    puts("inherit no");
+}
+
+/* Whether the loader's cache lists exactly this file, so that its bare name finds it in any program. */
+static bool in_loader_cache(const char *path)
+{
+    int file = open("/etc/ld.so.cache", O_RDONLY | O_CLOEXEC);
+    struct stat info;
+    bool found = false;
+
+    if (file < 0)
+        return false;
+    if (fstat(file, &info) == 0 && info.st_size > 0) {
+        size_t size = (size_t)info.st_size;
+        const char *cache = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+
+        if (cache != MAP_FAILED) {
+            /* Its string table holds NUL-terminated paths; both NULs make it the whole path. */
+            char text[PATH_MAX + 2] = "";
+            size_t length = strlen(path);
+
+            memcpy(text + 1, path, length + 1);
+            found = memmem(cache, size, text, length + 2) != NULL;
+            munmap((void *)(uintptr_t)cache, size);
+        }
+    }
+    close(file);
+    return found;
+}
+
+/* Where this program lies, without the name; the configured place where /proc is not mounted. */
+static void own_directory(char directory[PATH_MAX])
+{
+    ssize_t length = readlink("/proc/self/exe", directory, PATH_MAX - 1);
+    char *slash;
+
+    if (length < 0) {
+        strcpy(directory, KSM_BINDIR);
+        return;
+    }
+    directory[length] = '\0';
+    slash = strrchr(directory, '/');
+    if (slash != NULL)
+        *slash = '\0';
+}
+
+/* The library NAME as LD_PRELOAD should spell it: bare if the loader finds it so, else its path. */
+static const char *library_entry(const char *name, char path[PATH_MAX])
+{
+    static const char *const places[] = {KSM_LIBDIR_FROM_BINDIR, "."}; /* ".": not installed */
+    char directory[PATH_MAX], wanted[2 * PATH_MAX + 64];
+
+    own_directory(directory);
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        snprintf(wanted, sizeof wanted, "%s/%s/%s", places[i][0] == '/' ? "" : directory, places[i],
+                 name);
+        if (realpath(wanted, path) == NULL || access(path, R_OK) != 0)
+            continue;
+        if (in_loader_cache(path))
+            return name;
+        if (!preload_list_can_hold(path))
+            die(FAILED, "LD_PRELOAD cannot name %s: the loader takes space, colon and $ in a path "
+                        "apart\nhint: install ksm-preload elsewhere, or use --no-preload", path);
+        return path;
+    }
+    die(FAILED, "%s is neither in %s/%s nor beside this program\n"
+                "hint: install ksm-preload again, or use --no-preload",
+        name, directory, KSM_LIBDIR_FROM_BINDIR);
+}
+
+/* Sets or clears the kernel's flag for CMD and returns the method it will be opted in by. */
+static enum method opt_in(enum method asked)
+{
+    if (asked != MADVISE) {
+        if (set_flag(1) == 0)
+            return PRCTL;
+        if (asked == PRCTL)
+            die(UNSUPPORTED, "this kernel does not take PR_SET_MEMORY_MERGE: %s\n"
+                             "hint: Linux 6.4 or newer has it; --method madvise works on any",
+                strerror(errno));
+        return MADVISE;
+    }
+    if (!madvise_works())
+        die(UNSUPPORTED, "this kernel has no KSM\nhint: it was built without CONFIG_KSM");
+    /* An inherited flag would merge what the library is told to choose; without the prctl there is
+     * none to clear, and on a process this small ENOMEM cannot be. */
+    (void)set_flag(0);
+    return MADVISE;
+}
+
+int main(int argc, char **argv)
+{
+    enum { METHOD = 256, NO_PRELOAD, SHOW, PROBE, PROBE_EXEC, HELP, VERSION };
+    static const struct option options[] = {
+        {"method", required_argument, NULL, METHOD},
+        {"no-preload", no_argument, NULL, NO_PRELOAD},
+        {"show", no_argument, NULL, SHOW},
+        {"probe", no_argument, NULL, PROBE},
+        {"probe-exec", no_argument, NULL, PROBE_EXEC},
+        {"help", no_argument, NULL, HELP},
+        {"version", no_argument, NULL, VERSION},
+        {NULL, 0, NULL, 0},
+    };
+    enum method method = AUTO;
+    bool preload = true, show = false, off = false;
+    const char *settings = getenv("KSM_PRELOAD");
+    char path[PATH_MAX];
+    int option;
+
+    opterr = 0;
+    while ((option = getopt_long(argc, argv, "+", options, NULL)) != -1) {
+        switch (option) {
+        case METHOD:
+            if (strcmp(optarg, "prctl") == 0)
+                method = PRCTL;
+            else if (strcmp(optarg, "madvise") == 0)
+                method = MADVISE;
+            else if (strcmp(optarg, "auto") != 0)
+                die(USAGE, "no method '%s'\nhint: auto, prctl or madvise", optarg);
+            break;
+        case NO_PRELOAD:
+            preload = false;
+            break;
+        case SHOW:
+            show = true;
+            break;
+        case PROBE:
+            probe();
+            return 0;
+        case PROBE_EXEC:
+            printf("inherit %s\n", get_flag() == 1 ? "yes" : "no");
+            return 0;
+        case HELP:
+            fputs(usage, stdout);
+            return fflush(stdout) == 0 ? 0 : FAILED;
+        case VERSION:
+            puts("ksm-wrapper " KSM_VERSION);
+            return 0;
+        default:
+            die(USAGE, "wrong or incomplete option '%s'\nhint: try ksm-wrapper --help",
+                argv[optind - 1]);
+        }
+    }
+    if (optind == argc && !show)
+        die(USAGE, "no command given\nhint: try ksm-wrapper --help");
+
+    if (settings != NULL && strcmp(settings, "off") == 0)
+        off = true;
+    else if (settings != NULL && strcmp(settings, "madvise") == 0 && method == AUTO)
+        method = MADVISE;
+
+    if (off) {
+        (void)set_flag(0);
+    } else {
+        bool forced = method == MADVISE;
+
+        method = opt_in(method);
+        if (method == MADVISE && !preload)
+            die(UNSUPPORTED, "the madvise method works through the library only\n"
+                             "hint: leave --no-preload away");
+        if (forced && setenv("KSM_PRELOAD", "madvise", 1) != 0)
+            die(FAILED, "cannot set KSM_PRELOAD: %s", strerror(errno));
+        if (preload) {
+            const char *entry = library_entry(
+                method == PRCTL ? "libksm_preload_prctl.so" : "libksm_preload.so", path);
+            char *list = preload_list_with(getenv("LD_PRELOAD"), entry);
+
+            if (list == NULL || setenv("LD_PRELOAD", list, 1) != 0)
+                die(FAILED, "cannot set LD_PRELOAD: %s", strerror(errno));
+            free(list);
+        }
+    }
+    if (show) {
+        const char *list = getenv("LD_PRELOAD");
+
+        printf("method %s\nLD_PRELOAD %s\n",
+               off ? "off" : method == PRCTL ? "prctl" : "madvise", list != NULL ? list : "");
+        return 0;
+    }
+
+    execvp(argv[optind], argv + optind);
+    option = errno == ENOENT ? NOT_FOUND : CANNOT_EXEC;
+    die(option, "cannot run %s: %s", argv[optind], strerror(errno));
+}

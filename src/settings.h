@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What a program's environment asks of us: the only reader of it in C.
+ *
+ *   KSM_PRELOAD=off         leave this program out
+ *   KSM_PRELOAD=madvise     opt in by madvise only, which an exec never inherits
+ *   KSM_PRELOAD_VERBOSE=1   say on stderr, in one line, what was done
+ *
+ * Freestanding: no libc is called.  Callers under AT_SECURE must not call it at all: there the
+ * environment is an attacker's.
+ */
+#ifndef KSM_SETTINGS_H
+#define KSM_SETTINGS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+struct settings {
+    bool off;
+    bool madvise;
+    bool verbose;
+};
+
+static inline bool same_text(const char *a, const char *b)
+{
+    while (*a != '\0' && *a == *b) {
+        a++;
+        b++;
+    }
+    return *a == *b;
+}
+
+static inline struct settings read_settings(char *const *envp)
+{
+    struct settings found = {false, false, false};
+
+    if (envp == NULL)
+        return found;
+    for (; *envp != NULL; envp++) {
+        const char *entry = *envp;
+
+        /* One compare rules out nearly every entry: a desktop session has over a hundred. */
+        if (entry[0] != 'K' || entry[1] != 'S')
+            continue;
+        if (same_text(entry, "KSM_PRELOAD=off"))
+            found.off = true;
+        else if (same_text(entry, "KSM_PRELOAD=madvise"))
+            found.madvise = true;
+        else if (same_text(entry, "KSM_PRELOAD_VERBOSE=1"))
+            found.verbose = true;
+    }
+    return found;
+}
+
+#endif
