@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Processes and their memory, from /proc. A process that ends while being read is never an error."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Physical memory of one process or a sum over several, in bytes unless the name says pages."""
+
+    processes: int = 0
+    rss: int = 0
+    pss: int = 0
+    pss_anon: int = 0
+    """Anonymous memory, each page shared by n processes counted as 1/n: what KSM lowers."""
+    anon_huge: int = 0
+    """Transparent huge pages (AnonHugePages): KSM splits one to merge a part of it."""
+    swap_pss: int = 0
+    merging_pages: int = 0
+    """Mappings of merged pages (ksm_merging_pages); the one copy that stays is counted too."""
+    zero_pages: int = 0
+    """Mappings of the kernel's zero page that KSM made (ksm_zero_pages, Linux 6.6)."""
+    rmap_items: int = 0
+    """Pages ksmd keeps a record of, at 64 bytes each."""
+    opted_in: int = 0
+    """Processes with the kernel's flag or a mergeable mapping."""
+
+    def __add__(self, other: Memory) -> Memory:
+        """Return the sum, field by field."""
+        return Memory(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def memory(pid: int, proc: Path = PROC) -> Memory | None:
+    """Return the memory of process `pid`, or None if it has ended (a zombie has none either).
+
+    Raises PermissionError for a process of another user: smaps_rollup and ksm_stat are 0400.
+    """
+    folder = proc / str(pid)
+    try:
+        rollup = _fields((folder / "smaps_rollup").read_text())
+        stat = _ksm_stat(folder)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    kilobytes = {name: int(value.split()[0]) * 1024 for name, value in rollup.items()}
+    if "Rss" not in kilobytes:
+        return None
+    return Memory(
+        processes=1,
+        rss=kilobytes["Rss"],
+        pss=kilobytes["Pss"],
+        # Linux 5.4 (ee2ad71b0756); before it, what is not file-backed cannot be told from Pss.
+        pss_anon=kilobytes.get("Pss_Anon", kilobytes["Pss"]),
+        anon_huge=kilobytes.get("AnonHugePages", 0),
+        swap_pss=kilobytes.get("SwapPss", 0),
+        merging_pages=int(stat.get("ksm_merging_pages", 0)),
+        zero_pages=int(stat.get("ksm_zero_pages", 0)),
+        rmap_items=int(stat.get("ksm_rmap_items", 0)),
+        opted_in=int(_is_opted_in(folder, stat)),
+    )
+
+
+def opted_in(pid: int, proc: Path = PROC) -> bool:
+    """Whether KSM may merge memory of process `pid`; False if it has ended."""
+    folder = proc / str(pid)
+    try:
+        return _is_opted_in(folder, _ksm_stat(folder))
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def total(pids: Iterable[int], proc: Path = PROC) -> Memory:
+    """Return the sum over those of `pids` that still run."""
+    result = Memory()
+    for pid in pids:
+        one = memory(pid, proc)
+        if one is not None:
+            result += one
+    return result
+
+
+def descendants(pid: int, proc: Path = PROC) -> list[int]:
+    """Return the PIDs of all descendants of `pid`, parents before children."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for entry in proc.iterdir():
+        if entry.name.isdigit():
+            parent = parent_of(int(entry.name), proc)
+            if parent is not None:
+                children[parent].append(int(entry.name))
+    found = list(children[pid])
+    for child in found:
+        found.extend(children[child])
+    return found
+
+
+def parent_of(pid: int, proc: Path = PROC) -> int | None:
+    """Return the parent's PID, None if `pid` has ended."""
+    try:
+        text = (proc / str(pid) / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(text.rpartition(")")[2].split()[1])
+
+
+def _ksm_stat(folder: Path) -> dict[str, str]:
+    """ksm_stat (Linux 6.1) as name -> text; before it, ksm_merging_pages (5.19) alone."""
+    try:
+        lines = (folder / "ksm_stat").read_text().splitlines()
+    except FileNotFoundError:
+        try:
+            return {"ksm_merging_pages": (folder / "ksm_merging_pages").read_text().strip()}
+        except FileNotFoundError:
+            return {}
+    return {name.rstrip(":"): value for name, value in (line.split(maxsplit=1) for line in lines)}
+
+
+def _is_opted_in(folder: Path, stat: dict[str, str]) -> bool:
+    if "ksm_mergeable" in stat:  # Linux 6.14
+        return "yes" in (stat["ksm_mergeable"], stat["ksm_merge_any"])
+    for line in (folder / "smaps").read_text().splitlines():
+        if line.startswith("VmFlags:") and " mg" in line:
+            return True
+    return False
+
+
+def _fields(text: str) -> dict[str, str]:
+    pairs = (line.partition(":") for line in text.splitlines()[1:])
+    return {name: value for name, _, value in pairs}
