@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""The command line: parse, call, print. Modules that cost start-up time are imported where used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from ksmtool.errors import ExitStatus, KsmtoolError
+
+# Options of ours end at the command: `ksmtool wrap ls --help` is ls's help.
+_WRAPPING = {"allow_interspersed_args": False}
+
+
+def _version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version  # noqa: PLC0415
+
+        click.echo(f"ksmtool {version('ksm-preload')}")
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version)
+def cli() -> None:
+    """Let Linux merge equal memory of programs (KSM), and see what that saves.
+
+    Pages are merged between all programs that are opted in: use it for programs that trust each
+    other, since timing tells one what is in the other's memory.
+    """
+
+
+@cli.command(context_settings=_WRAPPING)
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "prctl", "madvise"]),
+    default="auto",
+    show_default=True,
+    help="How to opt in; auto takes the prctl where the kernel has it.",
+)
+@click.option("--explain", is_flag=True, help="Say on stderr what is done and why, then do it.")
+@click.option("-q", "--quiet", is_flag=True, help="No line when KSM is off or nothing can be done.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def wrap(method: str, explain: bool, quiet: bool, command: tuple[str, ...]) -> None:
+    """Run COMMAND opted in to KSM.
+
+    This process becomes COMMAND, so the exit status is COMMAND's, 126 if it cannot be run and 127
+    if it is not found. A unit file or a script had better call ksm-wrapper, which starts faster.
+    """
+    from ksmtool import wrap as wrapping  # noqa: PLC0415
+
+    wrapping.run(command, method, explain, quiet)
+
+
+@cli.command("try", context_settings=_WRAPPING)
+@click.option(
+    "-n",
+    "copies",
+    type=click.IntRange(1, 10000),
+    default=10,
+    show_default=True,
+    help="How many copies to run; {i} in COMMAND is the number of the copy, from 1.",
+)
+@click.option(
+    "--arms",
+    default="plain,wrap",
+    show_default=True,
+    metavar="ARM,...",
+    help="What to compare: plain (without us), wrap (opted in).",
+)
+@click.option(
+    "--ready-file", metavar="PATH", help="A copy is ready when this exists; {i} as above."
+)
+@click.option(
+    "--ready-port",
+    metavar="PORT",
+    help="... when 127.0.0.1 accepts at this port: 8080, or 8000+{i}. "
+    "With neither: when memory has stopped growing.",
+)
+@click.option("--drive", metavar="CMD", help="Shell command to run when merging has settled.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds to get ready, and again to settle, for each arm.",
+)
+@click.option(
+    "--pages-to-scan",
+    type=click.IntRange(1, 1_000_000),
+    default=5000,
+    show_default=True,
+    help="ksmd's pages per 20 ms, if KSM is off now; if it is on, its rate stays.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of the table.")
+@click.option("--plot", metavar="FILE", help="Also draw a bar chart: .svg or .png.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def try_(
+    copies: int,
+    arms: str,
+    ready_file: str | None,
+    ready_port: str | None,
+    drive: str | None,
+    timeout: float,
+    pages_to_scan: int,
+    as_json: bool,
+    plot: str | None,
+    command: tuple[str, ...],
+) -> None:
+    """Run copies of COMMAND with and without KSM and measure what it saves and costs.
+
+    Each copy runs in a session of its own and knows its number as $KSMTOOL_COPY. KSM is turned on
+    for as long as the trial takes, and every setting is put back, also after Ctrl-C.
+    """
+    from pathlib import Path  # noqa: PLC0415
+
+    from rich.console import Console  # noqa: PLC0415
+
+    from ksmtool import report, trial  # noqa: PLC0415
+
+    if plot is not None and Path(plot).suffix not in (".svg", ".png"):
+        raise click.BadParameter("FILE has to end in .svg or .png", param_hint="--plot")
+    if ready_port is not None:
+        try:
+            trial.ready_ports(ready_port, copies)
+        except ValueError as error:
+            raise click.BadParameter(
+                f"{ready_port} is not PORT or BASE+{{i}}", param_hint="--ready-port"
+            ) from error
+    chosen = trial.arms_named(arms.split(","))
+    options = trial.Options(
+        copies=copies,
+        ready_file=ready_file,
+        ready_port=ready_port,
+        timeout=timeout,
+        pages_to_scan=pages_to_scan,
+        drive=drive,
+    )
+    with _progress() as say:
+        result = trial.run(command, chosen, options, say)
+    if plot is not None:
+        from ksmtool import plot as plotting  # noqa: PLC0415
+
+        plotting.save(result, Path(plot))
+    if as_json:
+        click.echo(report.as_json(result))
+    else:
+        report.print_table(result, Console())
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Show what goes on, on stderr and only if that is a terminal."""
+    from rich.console import Console  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+def main() -> None:
+    """Run the command line and exit; the one place where errors become words and a status."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except KsmtoolError as error:
+        click.echo(f"ksmtool: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        sys.exit(error.status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("ksmtool: interrupted.", err=True)
+        sys.exit(ExitStatus.INTERRUPTED)
+    sys.exit(status)

@@ -20,8 +20,8 @@ from ksmtool.errors import ExitStatus, KsmtoolError
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
-# The order in which the kernel accepts them: pages_to_scan is EINVAL while the advisor runs and reset
-# by a change of advisor_mode; run comes last, so that ksmd never works with half of the settings.
+# The order in which the kernel accepts them: pages_to_scan is EINVAL while the advisor runs and is
+# reset by a change of advisor_mode; run comes last: ksmd never works with half of the settings.
 SETTINGS = (
     "advisor_mode",
     "advisor_max_cpu",
@@ -54,6 +54,11 @@ class Counters:
     """Since Linux 6.6."""
     general_profit_bytes: int
     """Signed; before Linux 6.4 computed from the counters with 64 bytes for each page looked at."""
+
+    @property
+    def records(self) -> int:
+        """Pages ksmd keeps a record of, about: those of zero pages are not counted."""
+        return self.pages_shared + self.pages_sharing + self.pages_unshared + self.pages_volatile
 
     @property
     def merged(self) -> int:
@@ -172,8 +177,8 @@ class Ksm:
     def borrowed(self) -> Iterator[dict[str, str]]:
         """Lock KSM against other borrowers and put every setting back at the end, come what may.
 
-        Yields the settings found. The lock is an flock(2) on the file `run` itself: it needs no file
-        of ours and ends with the process. Raises KsmtoolError if somebody holds it for 10 minutes.
+        Yields the settings found. The lock is an flock(2) on the file `run` itself: it needs no
+        file of ours and ends with the process. Raises KsmtoolError if it is held for 10 minutes.
         """
         self.require()
         with (self.folder / "run").open() as file:
@@ -194,7 +199,9 @@ class Ksm:
         for entry in (self.root / "proc").iterdir():
             try:
                 # A kernel thread has no command line; a program may call itself ksmd.
-                if (entry / "comm").read_text() == "ksmd\n" and not (entry / "cmdline").read_bytes():
+                if (entry / "comm").read_text() == "ksmd\n" and not (
+                    entry / "cmdline"
+                ).read_bytes():
                     return _cpu_seconds(entry)
             except OSError:
                 continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Processes and their memory, from /proc. A process that ends while being read is never an error."""
+"""Processes and their memory, from /proc. One that ends while being read is never an error."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def memory(pid: int, proc: Path = PROC) -> Memory | None:
     try:
         rollup = _fields((folder / "smaps_rollup").read_text())
         stat = _ksm_stat(folder)
+        mergeable = _is_opted_in(folder, stat)
     except (FileNotFoundError, ProcessLookupError):
         return None
     kilobytes = {name: int(value.split()[0]) * 1024 for name, value in rollup.items()}
@@ -62,7 +63,7 @@ def memory(pid: int, proc: Path = PROC) -> Memory | None:
         merging_pages=int(stat.get("ksm_merging_pages", 0)),
         zero_pages=int(stat.get("ksm_zero_pages", 0)),
         rmap_items=int(stat.get("ksm_rmap_items", 0)),
-        opted_in=int(_is_opted_in(folder, stat)),
+        opted_in=int(mergeable),
     )
 
 
@@ -85,11 +86,15 @@ def total(pids: Iterable[int], proc: Path = PROC) -> Memory:
     return result
 
 
-def descendants(pid: int, proc: Path = PROC) -> list[int]:
-    """Return the PIDs of all descendants of `pid`, parents before children."""
+def descendants(pid: int, proc: Path = PROC, without: Iterable[int] = ()) -> list[int]:
+    """Return the PIDs of all descendants of `pid`, parents before children.
+
+    Those in `without` are left out with all their own descendants.
+    """
+    left_out = set(without)
     children: dict[int, list[int]] = defaultdict(list)
     for entry in proc.iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and int(entry.name) not in left_out:
             parent = parent_of(int(entry.name), proc)
             if parent is not None:
                 children[parent].append(int(entry.name))

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""A trial for people (table and sentence) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ksmtool.kernel import PAGE_SIZE
+from ksmtool.trial import ArmResult, Trial
+
+SCHEMA = 1
+MB = 1e6
+
+
+def as_json(trial: Trial) -> str:
+    """Return the trial as JSON, schema 1: sizes in bytes, times in seconds."""
+    return json.dumps({"schema": SCHEMA, **asdict(trial)}, indent=2)
+
+
+def print_table(trial: Trial, console: Console) -> None:
+    """Print one row for each arm, then what it means in plain words."""
+    command = " ".join(" ".join(trial.command).split())
+    table = Table(
+        title=f"{trial.copies} x {command if len(command) <= 60 else command[:59] + '…'}",
+        caption=f"MB are 10^6 bytes; pages are {PAGE_SIZE} bytes; ksmd: {trial.rate}",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+    table.add_column("arm", no_wrap=True)
+    for heading in (
+        "pro-\ncesses",
+        "anonymous\nMB",
+        "saved\nMB",
+        "saved\n%",
+        "dedup.\npages",
+        "unique\npages",
+        "volatile\npages",
+        "ksmd\ns",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm in trial.arms:
+        table.add_row(
+            arm.name,
+            str(arm.memory.processes),
+            _mb(arm.memory.pss_anon),
+            "" if arm.saved is None else _mb(arm.saved),
+            "" if arm.saved_percent is None else f"{arm.saved_percent:.1f}",
+            str(arm.deduplicated_pages),
+            str(arm.unique_pages),
+            str(arm.volatile_pages),
+            "?" if arm.ksmd_cpu_seconds is None else f"{arm.ksmd_cpu_seconds:.2f}",
+        )
+    console.print(table)
+    for line in sentences(trial):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def sentences(trial: Trial) -> list[str]:
+    """Return what the numbers say: a sentence for each arm compared with plain, then notes."""
+    said = [_sentence(trial, arm) for arm in trial.arms if arm.saved is not None]
+    for arm in trial.arms:
+        if not arm.opted_in and arm.name != "plain":
+            said.append(f"Warning: no process of arm {arm.name} was opted in.")
+        if not arm.settled:
+            said.append(
+                f"Warning: arm {arm.name} was still merging when the time was up, after "
+                f"{arm.passes} passes: it may save more. Give it more time with --timeout."
+            )
+        if arm.drive_status:
+            said.append(
+                f"Warning: in arm {arm.name} the drive command ended with {arm.drive_status}."
+            )
+        if arm.anon_huge_before > arm.memory.anon_huge:
+            said.append(
+                f"Note: {_mb(arm.anon_huge_before - arm.memory.anon_huge)} MB of huge pages were "
+                f"split in arm {arm.name}."
+            )
+        if arm.zero_pages:
+            said.append(
+                f"Note: {_mb(arm.zero_pages * PAGE_SIZE)} MB of arm {arm.name} were pages of zeros."
+            )
+    if any(arm.saved_percent is not None and arm.saved_percent < 10 for arm in trial.arms):
+        said.append(
+            "Note: little is saved where pages hold pointers: each process has its own random "
+            "addresses, so equal data is not equal bytes."
+        )
+    if trial.ksm_was_on:
+        said.append("Note: KSM was on already; other programs' pages are in its counters too.")
+    return said
+
+
+def _sentence(trial: Trial, arm: ArmResult) -> str:
+    plain = next((other for other in trial.arms if other.name == "plain"), None)
+    saved = arm.saved or 0
+    cpu = (
+        ""
+        if arm.ksmd_cpu_seconds is None
+        else f", for {arm.ksmd_cpu_seconds:.1f} s of ksmd's CPU time"
+    )
+    records = f"and {_mb(arm.metadata)} MB of kernel memory for its records"
+    if arm.metadata > saved > 0:
+        records += ", more than it saved"
+    if plain is None:
+        return f"{arm.name}: {_mb(saved)} MB saved by the kernel's own account{cpu}."
+    verb = "saved" if saved >= 0 else "lost"
+    return (
+        f"{arm.name}: {_mb(arm.memory.pss_anon)} MB of anonymous memory instead of "
+        f"{_mb(plain.memory.pss_anon)} MB, {_mb(abs(saved))} MB "
+        f"({abs(arm.saved_percent or 0):.1f} %) {verb}{cpu} {records}."
+    )
+
+
+def _mb(size: float) -> str:
+    return f"{size / MB:.1f}"

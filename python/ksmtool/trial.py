@@ -1,0 +1,576 @@
+# SPDX-License-Identifier: MIT
+"""`ksmtool try`: run N copies of a command in several ways and measure what KSM saved and cost.
+
+A trial runs one arm after the other, never two at once: each is started, left to get ready, merged
+until that settles, driven, measured, and ended to the last process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO
+
+from ksmtool import install, process
+from ksmtool.errors import ExitStatus, KsmtoolError
+from ksmtool.kernel import PAGE_SIZE, Ksm
+from ksmtool.process import Memory
+
+POLL_SECONDS = 0.1
+STOP_SECONDS = 10.0
+SWEEP_SECONDS = 10.0
+RMAP_ITEM_BYTES = 64  # sizeof(struct ksm_rmap_item) on 64-bit machines, mm/ksm.c
+
+# A page merges only after two passes with an equal checksum, and with smart_scan (Linux 6.7) one
+# that did not merge is passed over for a while: so whole passes are counted, and three compared.
+SETTLED_PASSES = 4
+SETTLED_WINDOW = 3
+SETTLED_CHANGE = 0.01
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_MEMORY_MERGE = 67
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the command."""
+
+    name: str
+    prefix: tuple[str, ...] = ()
+    """Words put before the command."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Variables set for the copies."""
+
+
+def plain_arm() -> Arm:
+    """Return the arm without us, also where a shim is preloaded by ld.so.preload or a parent."""
+    return Arm("plain", env={"KSM_PRELOAD": "off"})
+
+
+def wrap_arm() -> Arm:
+    """Return the arm that `ksmtool wrap` would make."""
+    return Arm("wrap", prefix=(install.wrapper(), "--"), env={"KSM_PRELOAD": ""})
+
+
+def arms_named(names: Sequence[str]) -> list[Arm]:
+    """Return the arms so named, in that order. Raises KsmtoolError for one unknown or twice."""
+    known = {"plain": plain_arm, "wrap": wrap_arm}
+    for name in names:
+        if name not in known or names.count(name) > 1:
+            raise KsmtoolError(
+                f"No arm '{name}'." if name not in known else f"Arm '{name}' is named twice.",
+                f"Arms are: {', '.join(known)}.",
+                ExitStatus.USAGE,
+            )
+    return [known[name]() for name in names]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a trial; times are in seconds."""
+
+    copies: int = 10
+    ready_file: str | None = None
+    """`{i}` is the number of the copy, 1 to copies; ready when the file exists."""
+    ready_port: str | None = None
+    """A TCP port of 127.0.0.1, or BASE+{i}."""
+    timeout: float = 120.0
+    """For each arm: until ready, and again until settled."""
+    pages_to_scan: int = 5000
+    sleep_millisecs: int = 20
+    """ksmd's rate, used only if it is off."""
+    drive: str | None = None
+    """Shell command run when merging has settled; measured at its end."""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What was measured of one arm. Sizes are bytes, counts of pages say so."""
+
+    name: str
+    memory: Memory
+    anon_huge_before: int
+    """Huge pages when the copies were ready, before ksmd ran."""
+    deduplicated_pages: int
+    unique_pages: int
+    volatile_pages: int
+    zero_pages: int
+    """The four of them are the growth of the kernel's machine-wide counters over the arm."""
+    profit: int
+    """Growth of general_profit: pages not needed less ksmd's own records."""
+    ksmd_cpu_seconds: float | None
+    passes: int
+    settled: bool
+    opted_in: bool
+    drive_status: int | None = None
+    saved: int | None = None
+    """Pss_Anon of the plain arm less that of this one; without a plain arm, profit."""
+    saved_percent: float | None = None
+    """Of the plain arm's Pss_Anon."""
+
+    @property
+    def metadata(self) -> int:
+        """Kernel memory for ksmd's records of these processes: not part of any process's Pss."""
+        return self.memory.rmap_items * RMAP_ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The whole trial."""
+
+    command: tuple[str, ...]
+    copies: int
+    arms: tuple[ArmResult, ...]
+    rate: str
+    """ksmd's pages_to_scan and sleep_millisecs during the trial, or its advisor, in words."""
+    ksm_was_on: bool
+
+
+class Fleet:
+    """N running copies of a command with all their descendants; ends them when left.
+
+    The process becomes their subreaper, so that a daemon's double fork does not hide it.
+    """
+
+    def __init__(self, command: Sequence[str], arm: Arm, copies: int) -> None:
+        """Keep what to start; `with` starts and ends it."""
+        self.arm = arm
+        self.command = tuple(command)
+        self.copies = copies
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._stderr: list[IO[bytes]] = []
+        self._others: set[int] = set()
+
+    def __enter__(self) -> Fleet:
+        """Start every copy; on a failure those started are ended again."""
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        _prctl(_PR_SET_MEMORY_MERGE, 0)  # plain copies must not inherit it from us
+        self._others = set(process.descendants(os.getpid()))
+        try:
+            for number in range(1, self.copies + 1):
+                self._start(number)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End every copy and descendant."""
+        self.stop()
+
+    def _start(self, number: int) -> None:
+        words = [*self.arm.prefix, *(word.replace("{i}", str(number)) for word in self.command)]
+        env = {**os.environ, **self.arm.env, "KSMTOOL_COPY": str(number)}
+        # "" in an arm's environment means: not set.
+        env = {name: value for name, value in env.items() if value or name not in self.arm.env}
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115 - stop() closes it
+        self._stderr.append(stderr)
+        try:
+            self._children.append(
+                subprocess.Popen(
+                    words,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+            )
+        except OSError as error:
+            raise KsmtoolError(f"Cannot run {words[0]}: {error.strerror}.") from error
+
+    def pids(self) -> list[int]:
+        """Return the PIDs of all copies and their descendants that run now."""
+        return process.descendants(os.getpid(), without=self._others)
+
+    def leave_out(self, pid: int) -> None:
+        """Do not count the child `pid` and its descendants."""
+        self._others.add(pid)
+
+    def memory(self) -> Memory:
+        """Return the sum over all processes of the fleet."""
+        return process.total(self.pids())
+
+    def check(self) -> None:
+        """Raise KsmtoolError if a copy has died, with the last lines of its stderr.
+
+        A copy that ended with status 0 and left processes behind is a daemon, not dead.
+        """
+        for number, child in enumerate(self._children, 1):
+            status = child.poll()
+            if status is None or (status == 0 and self._left_behind(number)):
+                continue
+            how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise KsmtoolError(
+                f"Copy {number} of {self.copies} (arm {self.arm.name}) {how} before it was "
+                "measured.",
+                self._last_words(number)
+                or "It must run until it is ended; it said nothing on stderr.",
+            )
+
+    def _left_behind(self, number: int) -> bool:
+        mark = f"KSMTOOL_COPY={number}".encode()
+        for pid in self.pids():
+            try:
+                if mark in (process.PROC / str(pid) / "environ").read_bytes().split(b"\0"):
+                    return True
+            except OSError:
+                continue
+        return False
+
+    def _last_words(self, number: int, lines: int = 5) -> str:
+        stderr = self._stderr[number - 1]
+        end = stderr.seek(0, os.SEEK_END)
+        stderr.seek(max(0, end - 4096))
+        said = stderr.read().decode(errors="replace").strip().splitlines()[-lines:]
+        return "\n".join(["It said last:", *("  " + line for line in said)]) if said else ""
+
+    def stop(self) -> None:
+        """End every process of the fleet by its PID: SIGTERM, and SIGKILL after 10 seconds."""
+        number = signal.SIGTERM
+        deadline = time.monotonic() + STOP_SECONDS
+        signalled: set[int] = set()
+        while pids := self._reap():
+            if time.monotonic() > deadline:
+                number, signalled = signal.SIGKILL, set()
+            for pid in pids:
+                if pid not in signalled:
+                    signalled.add(pid)
+                    try:
+                        os.kill(pid, number)
+                    except ProcessLookupError:
+                        continue
+            time.sleep(POLL_SECONDS / 4)
+        for file in self._stderr:
+            file.close()
+        self._children, self._stderr = [], []
+
+    def _reap(self) -> list[int]:
+        """Collect what has ended and return what has not."""
+        ours = {child.pid: child for child in self._children}
+        for pid in self.pids():
+            if pid in ours:
+                ours[pid].poll()
+            else:
+                try:
+                    os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:
+                    continue
+        return self.pids()
+
+
+def run(
+    command: Sequence[str],
+    arms: Sequence[Arm],
+    options: Options,
+    say: Say = lambda _: None,
+    ksm: Ksm | None = None,
+) -> Trial:
+    """Run every arm in turn and return what was measured.
+
+    `say` is told in a few words what goes on. Every KSM setting is as before when this returns or
+    raises; KsmtoolError is raised for a copy that dies, for copies that do not get ready in time
+    and for settings that cannot be written.
+    """
+    ksm = ksm or Ksm()
+    with _terminated_as_interrupted(), ksm.borrowed() as found:
+        was_on = ksm.running()
+        if not was_on:
+            ksm.write("run", found["run"])  # find out now whether that is allowed
+        results = [_run_arm(command, arm, options, say, ksm, found) for arm in arms]
+        return Trial(
+            tuple(command), options.copies, _compared(results), _rate(ksm, options, was_on), was_on
+        )
+
+
+def _run_arm(
+    command: Sequence[str],
+    arm: Arm,
+    options: Options,
+    say: Say,
+    ksm: Ksm,
+    found: Mapping[str, str],
+) -> ArmResult:
+    _refuse_old_ready_files(options)
+    _sweep(ksm, options)
+    ksm.apply(dict(found))
+    before = ksm.counters()
+    try:
+        with Fleet(command, arm, options.copies) as fleet:
+            say(f"{arm.name}: starting {options.copies} copies")
+            _wait_ready(fleet, options, say)
+            ready = fleet.memory()
+            turn_on(ksm, options)
+            cpu_before = ksm.ksmd_cpu_seconds()
+            passes, settled = settle(
+                ksm, fleet, options.timeout, lambda text: say(f"{arm.name}: {text}")
+            )
+            drive_status = None
+            if options.drive is not None:
+                say(f"{arm.name}: driving")
+                drive_status = _drive(options.drive, fleet)
+            fleet.check()
+            memory = fleet.memory()
+            cpu_after = ksm.ksmd_cpu_seconds()
+            if memory.opted_in and found["run"] != "1":
+                say(f"{arm.name}: counting unique and volatile pages")
+                _classify(ksm, options.timeout)
+            after = ksm.counters()
+            say(f"{arm.name}: ending the copies")
+    finally:
+        _remove_ready_files(options)
+    _sweep(ksm, options)
+    ksm.apply(dict(found))
+    return ArmResult(
+        name=arm.name,
+        memory=memory,
+        anon_huge_before=ready.anon_huge,
+        deduplicated_pages=after.pages_sharing - before.pages_sharing,
+        unique_pages=after.pages_unshared - before.pages_unshared,
+        volatile_pages=after.pages_volatile - before.pages_volatile,
+        zero_pages=after.zero_pages - before.zero_pages,
+        profit=after.general_profit_bytes - before.general_profit_bytes,
+        ksmd_cpu_seconds=(
+            None if cpu_before is None or cpu_after is None else cpu_after - cpu_before
+        ),
+        passes=passes,
+        settled=settled,
+        opted_in=memory.opted_in > 0,
+        drive_status=drive_status,
+    )
+
+
+def turn_on(ksm: Ksm, options: Options) -> None:
+    """Let ksmd run at the rate of `options`, unless it runs already: then nothing is changed."""
+    if not ksm.running():
+        ksm.apply({"advisor_mode": "none"})
+        ksm.apply(
+            {
+                "pages_to_scan": str(options.pages_to_scan),
+                "sleep_millisecs": str(options.sleep_millisecs),
+                "run": "1",
+            }
+        )
+
+
+def settle(ksm: Ksm, fleet: Fleet, timeout: float, say: Say = lambda _: None) -> tuple[int, bool]:
+    """Wait until merging has settled; return the whole passes counted and whether it had by then.
+
+    Settled: at least four passes over all opted-in memory, and over the last three less than 1 %
+    change of the pages merged. At once if nothing is opted in: ksmd then makes no passes
+    (mm/ksm.c, scan_get_next_rmap_item). Raises KsmtoolError if a copy dies.
+    """
+    if not any(process.opted_in(pid) for pid in fleet.pids()):
+        return 0, True
+    first = seen = ksm.number("full_scans")
+    history = [ksm.counters().merged]
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        fleet.check()
+        scans = ksm.number("full_scans")
+        if scans == seen:
+            time.sleep(POLL_SECONDS)
+            continue
+        # One measurement for each pass, also for those that were too quick to be seen one by one.
+        merged = ksm.counters().merged
+        history.extend([merged] * (scans - seen))
+        seen = scans
+        say(f"pass {scans - first}, {merged * PAGE_SIZE / 1e6:.0f} MB merged")
+        if scans - first >= SETTLED_PASSES:
+            change = abs(merged - history[-1 - SETTLED_WINDOW])
+            if change <= max(SETTLED_CHANGE * merged, 16):
+                return scans - first, True
+    return seen - first, False
+
+
+def _classify(ksm: Ksm, timeout: float) -> None:
+    """Let ksmd look at every page once more, so that the counters tell unique from volatile.
+
+    smart_scan (Linux 6.7) takes the pages it passes over out of the tree whose pages are the
+    unshared ones (mm/ksm.c, should_skip_rmap_item): the counters then take them for volatile.
+    Memory and CPU are measured before this.
+    """
+    ksm.apply({"smart_scan": "0"} if "smart_scan" in ksm.settings() else {})
+    target = ksm.number("full_scans") + 2
+    deadline = time.monotonic() + timeout
+    while ksm.number("full_scans") < target and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 4)
+
+
+def _wait_ready(fleet: Fleet, options: Options, say: Say) -> None:
+    deadline = time.monotonic() + options.timeout
+    samples: list[tuple[int, int]] = []
+    while True:
+        fleet.check()
+        if options.ready_file is not None:
+            missing = [path for path in _ready_files(options) if not path.exists()]
+            waiting_for = f"{len(missing)} ready files, first {missing[0]}" if missing else ""
+        elif options.ready_port is not None:
+            closed = [port for port in _ready_ports(options) if not _accepts(port)]
+            waiting_for = f"{len(closed)} ports, first {closed[0]}" if closed else ""
+        else:
+            memory = fleet.memory()
+            samples.append((memory.processes, memory.pss_anon))
+            waiting_for = "" if _stopped_growing(samples) else "memory that stops growing"
+        if not waiting_for:
+            return
+        if time.monotonic() > deadline:
+            raise KsmtoolError(
+                f"The copies (arm {fleet.arm.name}) were not ready after {options.timeout:g} s: "
+                f"waited for {waiting_for}.",
+                "Give them more time with --timeout.",
+            )
+        say(f"{fleet.arm.name}: waiting for {waiting_for}")
+        time.sleep(POLL_SECONDS)
+
+
+def _stopped_growing(samples: Sequence[tuple[int, int]], window: int = 10) -> bool:
+    """Whether ten samples, a second or more, agree in processes and within 1 % of memory."""
+    last = samples[-window:]
+    sizes = [size for _, size in last]
+    return (
+        len(last) == window
+        and len({count for count, _ in last}) == 1
+        and last[-1][0] > 0
+        and max(sizes) - min(sizes) <= 0.01 * max(sizes)
+    )
+
+
+def _ready_files(options: Options) -> list[Path]:
+    if options.ready_file is None:
+        return []
+    return [
+        Path(options.ready_file.replace("{i}", str(number)))
+        for number in range(1, options.copies + 1)
+    ]
+
+
+def _refuse_old_ready_files(options: Options) -> None:
+    for path in _ready_files(options):
+        if path.exists():
+            raise KsmtoolError(
+                f"The ready file {path} exists before the copies start.",
+                "Remove it, or name another with --ready-file.",
+            )
+
+
+def _remove_ready_files(options: Options) -> None:
+    for path in _ready_files(options):
+        path.unlink(missing_ok=True)
+
+
+def ready_ports(text: str, copies: int) -> list[int]:
+    """Return the port of every copy for `PORT` or `BASE+{i}`. Raises ValueError."""
+    ports = []
+    for number in range(1, copies + 1):
+        terms = text.replace("{i}", str(number)).split("+")
+        port = sum(int(term) for term in terms)
+        if not 0 < port < 65536:
+            raise ValueError(f"{port} is no port")
+        ports.append(port)
+    return ports
+
+
+def _ready_ports(options: Options) -> list[int]:
+    return ready_ports(options.ready_port or "", options.copies)
+
+
+def _accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _drive(command: str, fleet: Fleet) -> int:
+    """Run the drive command to its end; its status is told, not judged."""
+    with subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL) as child:
+        fleet.leave_out(child.pid)
+        try:
+            while child.poll() is None:
+                fleet.check()
+                time.sleep(POLL_SECONDS / 4)
+        except BaseException:
+            child.terminate()
+            raise
+        return child.returncode
+
+
+def _sweep(ksm: Ksm, options: Options) -> None:
+    """Let ksmd forget processes that have ended, so that the counters are those of living ones.
+
+    Records of an ended process stay, and count, until ksmd passes by (mm/ksm.c, __ksm_exit).
+    """
+    target = ksm.number("full_scans") + 2
+    deadline = time.monotonic() + SWEEP_SECONDS
+    while ksm.counters().records and time.monotonic() < deadline:
+        turn_on(ksm, options)
+        if ksm.number("full_scans") >= target:
+            return
+        time.sleep(POLL_SECONDS / 4)
+
+
+def _compared(results: Sequence[ArmResult]) -> tuple[ArmResult, ...]:
+    plain = next((result for result in results if result.name == "plain"), None)
+    if plain is None:
+        return tuple(replace(result, saved=result.profit) for result in results)
+    whole = plain.memory.pss_anon
+    return tuple(
+        result
+        if result is plain
+        else replace(
+            result,
+            saved=whole - result.memory.pss_anon,
+            saved_percent=100 * (whole - result.memory.pss_anon) / whole if whole else 0.0,
+        )
+        for result in results
+    )
+
+
+def _rate(ksm: Ksm, options: Options, was_on: bool) -> str:
+    if not was_on:
+        return f"{options.pages_to_scan} pages every {options.sleep_millisecs} ms"
+    if ksm.number("advisor_max_cpu", -1) >= 0 and ksm.read("advisor_mode") != "none":
+        return f"the kernel's {ksm.read('advisor_mode')} advisor"
+    return f"{ksm.read('pages_to_scan')} pages every {ksm.read('sleep_millisecs')} ms"
+
+
+def _prctl(option: int, value: int) -> None:
+    """Call prctl(2) and ignore failure: an old kernel lacks what was to be switched off."""
+    import ctypes  # noqa: PLC0415
+
+    ctypes.CDLL(None, use_errno=True).prctl(
+        ctypes.c_int(option), *(ctypes.c_ulong(number) for number in (value, 0, 0, 0))
+    )
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a trial as Ctrl-C does, with everything put back."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

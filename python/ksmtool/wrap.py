@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""`ksmtool wrap`: decide how to opt a program in, say why, and become ksm-wrapper."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ksmtool import install, program
+from ksmtool.errors import ExitStatus, KsmtoolError
+from ksmtool.kernel import Ksm
+
+TURN_ON = "echo 1 | sudo tee /sys/kernel/mm/ksm/run"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What this kernel can, tried out by `ksm-wrapper --probe`."""
+
+    prctl: bool
+    """It has PR_SET_MEMORY_MERGE."""
+    inherit: bool
+    """It keeps that flag over exec (Linux 6.7)."""
+    madvise: bool
+    """It has MADV_MERGEABLE: CONFIG_KSM is on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done with a program, and why."""
+
+    options: tuple[str, ...]
+    """Options for ksm-wrapper; without effect if `alone`."""
+    why: str
+    alone: bool = False
+    """The program is started without ksm-wrapper, not opted in."""
+    warn: bool = False
+    """Say `why` unasked: the program will not be opted in though that was asked for."""
+
+
+def decide(target: program.Program, kernel: Kernel, method: str, off: bool = False) -> Plan:
+    """Return the plan for `target`; `method` is auto, prctl or madvise, `off` is KSM_PRELOAD=off.
+
+    Raises KsmtoolError with status 4 if a forced method cannot work here.
+    """
+    final = target.final
+    if off:
+        return Plan((), "KSM_PRELOAD=off asks to leave it out", alone=False)
+    if final.privileged:
+        return Plan(
+            (),
+            f"{final.path} is {final.privileged} and left alone: the loader drops LD_PRELOAD "
+            "there, and the kernel's flag would open a privileged program's memory to merging",
+            alone=True,
+            warn=True,
+        )
+    if method == "prctl" and not kernel.prctl:
+        raise KsmtoolError(
+            "This kernel does not take PR_SET_MEMORY_MERGE.",
+            "Linux 6.4 or newer has it; --method madvise works on any.",
+            ExitStatus.UNSUPPORTED,
+        )
+    if method == "madvise" and not kernel.madvise:
+        raise KsmtoolError(
+            "This kernel has no KSM.", "It was built without CONFIG_KSM.", ExitStatus.UNSUPPORTED
+        )
+    chosen = method if method != "auto" else "prctl" if kernel.prctl else "madvise"
+    obstacle = _obstacle(final, chosen)
+    if obstacle is None:
+        reason = "it was asked for" if method != "auto" else "the kernel has it"
+        if method == "auto" and chosen == "madvise":
+            reason = "the kernel lacks the prctl"
+        return Plan(() if method == "auto" else ("--method", method), f"{chosen}: {reason}")
+    if chosen == "prctl" and kernel.inherit:
+        return Plan(
+            ("--method", "prctl", "--no-preload"),
+            f"prctl without a library: {obstacle}, and the kernel keeps the flag over exec",
+        )
+    if method != "auto":
+        raise KsmtoolError(
+            f"Method {method} cannot reach {final.path}: {obstacle}.",
+            "Leave --method away to run it all the same, not opted in.",
+            ExitStatus.UNSUPPORTED,
+        )
+    return Plan(
+        (),
+        f"{final.path} is not opted in: {obstacle}, and this kernel "
+        + ("drops the flag on exec" if kernel.prctl else "lacks the prctl"),
+        alone=True,
+        warn=True,
+    )
+
+
+def _obstacle(final: program.Program, method: str) -> str | None:
+    """Why no library of ours can be loaded into the program; None if it can."""
+    if final.static:
+        return "a static program loads no library"
+    if final.sanitizer:
+        return f"{final.sanitizer} aborts a program in which another library was loaded first"
+    if final.foreign:
+        return f"our library is not of its architecture, {final.machine}"
+    if final.musl and method == "madvise":
+        return "libksm_preload.so is linked to glibc, the program to musl"
+    return None
+
+
+def probe() -> Kernel:
+    """Ask ksm-wrapper what this kernel can; costs two program starts, about 1 ms."""
+    import subprocess  # noqa: PLC0415 - 5 ms that most runs do without
+
+    text = subprocess.run(
+        [install.wrapper(), "--probe"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    answers = dict(line.split() for line in text.splitlines())
+    return Kernel(*(answers.get(name) == "yes" for name in ("prctl", "inherit", "madvise")))
+
+
+def ksm_warning(ksm: Ksm) -> str | None:
+    """Return the line to print if nothing will merge whatever is opted in, else None."""
+    if not ksm.available():
+        return "This kernel has no KSM: nothing will merge."
+    if not ksm.running():
+        return f"KSM is off in this kernel: nothing will merge until: {TURN_ON}"
+    return None
+
+
+def run(
+    command: Sequence[str],
+    method: str = "auto",
+    explain: bool = False,
+    quiet: bool = False,
+    ksm: Ksm | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> NoReturn:
+    """Replace this process by the command, opted in. Raises KsmtoolError; returns never."""
+    ksm = ksm or Ksm()
+    path = program.find(command[0], environ.get("PATH"))
+    target = program.inspect(path, environ.get("PATH")) if path else None
+    setting = environ.get("KSM_PRELOAD")
+    off = setting == "off"
+    if method == "auto" and setting == "madvise":
+        method = "madvise"
+    plan = Plan(("--method", method), "")
+    if target is not None:
+        # The usual case needs no probe: ksm-wrapper tries the prctl itself, falls back itself.
+        usual = not (off or target.final.privileged or _obstacle(target.final, "madvise"))
+        if explain or not usual:
+            plan = decide(target, probe(), method, off)
+
+    if explain:
+        for line in _explanation(target, plan, ksm, environ):
+            print(f"ksmtool: {line}", file=sys.stderr)
+    elif plan.warn and not quiet:
+        print(f"ksmtool: {plan.why}", file=sys.stderr)
+    warning = ksm_warning(ksm)
+    if warning and not quiet and not plan.alone and not off:
+        print(f"ksmtool: {warning}", file=sys.stderr)
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python ignores these two from its start on, and what is ignored stays so over exec. What they
+    # were before cannot be found out; the default is what nearly every parent gives.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    if plan.alone:
+        _exec_alone(command)
+    wrapper = install.wrapper()
+    os.execv(wrapper, ["ksm-wrapper", *plan.options, "--", *command])
+
+
+def _exec_alone(command: Sequence[str]) -> NoReturn:
+    try:
+        os.execvp(command[0], tuple(command))
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise KsmtoolError(
+            f"Cannot run {command[0]}: {error.strerror}.",
+            None,
+            ExitStatus.NOT_FOUND if missing else ExitStatus.CANNOT_EXEC,
+        ) from error
+
+
+def _explanation(
+    target: program.Program | None, plan: Plan, ksm: Ksm, environ: Mapping[str, str]
+) -> list[str]:
+    if target is None:
+        return ["program: there is none of that name in PATH"]
+    kernel = probe()
+    state = "not built in"
+    if ksm.available():
+        state = "running" if ksm.running() else "off"
+    lines = [
+        f"program: {target.describe()}",
+        f"kernel:  prctl {_yes(kernel.prctl)}, kept over exec {_yes(kernel.inherit)}, "
+        f"madvise {_yes(kernel.madvise)}; KSM is {state}",
+        f"plan:    {plan.why}",
+    ]
+    if not plan.alone:
+        shown = dict(line.split(" ", 1) for line in _show(plan.options, environ).splitlines())
+        lines.append(f"preload: LD_PRELOAD={shown['LD_PRELOAD']}")
+    given = environ.get("LD_PRELOAD", "")
+    for entry in given.replace(":", " ").split(" "):
+        if "/" in entry and "$" not in entry and not os.access(entry, os.R_OK):
+            lines.append(
+                f"note:    your own LD_PRELOAD names {entry}, which cannot be read: passed on"
+            )
+    return lines
+
+
+def _show(options: Sequence[str], environ: Mapping[str, str]) -> str:
+    import subprocess  # noqa: PLC0415
+
+    return subprocess.run(
+        [install.wrapper(), *options, "--show"],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=dict(environ),
+    ).stdout
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
