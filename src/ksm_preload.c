@@ -1,13 +1,520 @@
 /* SPDX-License-Identifier: MIT */
+/*
+ * libksm_preload.so: opts the process it is loaded into in to KSM, on any Linux.
+ *
+ * Where the kernel has the prctl (Linux 6.4) that is all, and every function below is one branch and a
+ * jump to the next library's.  Elsewhere, or under KSM_PRELOAD=madvise, the constructor marks what
+ * is mapped, and the functions mark what is mapped later, with madvise(MADV_MERGEABLE).
+ *
+ * Rules: no lock, no allocation, no stdio, no thread; errno as the next library left it; a failure
+ * of ours is never the program's.  The order below: marking, finding the next library, settings
+ * and start, the functions.
+ */
 #define _GNU_SOURCE
+#undef _FILE_OFFSET_BITS /* 64 would rename mmap to mmap64 below */
 #include "merge.h"
 #include "settings.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <link.h>
+#include <malloc.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/auxv.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define COLD __attribute__((noinline, cold))
+#define unlikely(condition) __builtin_expect(!!(condition), 0)
+
+/* ---- Marking ---------------------------------------------------------------------------------- */
+
+/* glibc's malloc/arena.c: a thread's arena grows inside reservations of this size and alignment. */
+#define ARENA_SIZE ((uintptr_t)(sizeof(long) == 8 ? 64 : 1) * 1024 * 1024)
+/* Its default M_TRIM_THRESHOLD and first M_MMAP_THRESHOLD. */
+#define BIG ((size_t)128 * 1024)
+/* A reservation of address space this large is not memory: before 6.18 ksmd walked its holes page by
+ * page (CVE-2025-68211), for hours in the terabytes that V8 and the JVM reserve. */
+#define RESERVATION ((size_t)1024 * 1024 * 1024)
+
+static struct {
+    bool on;             /* marking; off with the prctl, before the start and after a failure */
+    bool glibc;          /* the next malloc is glibc's, whose chunk headers tell what is where */
+    uintptr_t heap;      /* start of the brk heap */
+    uintptr_t heap_end;  /* its end when last seen: all below is marked */
+    uintptr_t page_size;
+    size_t threshold;    /* KSMP_MERGE_THRESHOLD: mappings below it are left alone */
+} follow;
+
+/* The reservation this thread allocated from last, which is marked; 1 is none. */
+static __thread uintptr_t last_arena __attribute__((tls_model("initial-exec"))) = 1;
+/* One byte for each reservation of the 47-bit address space: nonzero if marked. Bytes, so that threads
+ * need no atomic operation; what is never touched takes no memory. */
+#define ARENAS (sizeof(long) == 8 ? (size_t)1 << 21 : (size_t)4096)
+static unsigned char arena_marked[sizeof(long) == 8 ? 1 << 21 : 4096];
+
+/* glibc's record of the break: exported, current, and spares a system call. */
+extern void *__curbrk __attribute__((weak));
+
+static uintptr_t current_break(void)
+{
+    return &__curbrk != NULL ? (uintptr_t)__curbrk : 0;
+}
+
+/* Marks whole pages around [start, end). Raw, so that nobody's madvise hook sees it or calls us back. */
+static void mark(uintptr_t start, uintptr_t end)
+{
+    int saved = errno;
+
+    start &= -follow.page_size;
+    end = (end + follow.page_size - 1) & -follow.page_size;
+    /* EINVAL: a kernel without KSM.  ENOMEM: vm.max_map_count is reached, and each further mark could
+     * cost the program a mapping it needs.  Both end it for good; EAGAIN only loses this range. */
+    if (end > start && syscall(SYS_madvise, start, end - start, MADV_MERGEABLE) != 0 &&
+        (errno == EINVAL || errno == ENOMEM))
+        follow.on = follow.glibc = false;
+    errno = saved;
+}
+
+/*
+ * The break moved: by malloc, by free (a trim) or by the program itself.
+ *
+ * The last page stays unmarked.  So the kernel lets the next growth extend that one's mapping, and
+ * the mark then moves the boundary between the two; a heap marked to its end would get a new mapping at
+ * each growth, which cannot be joined once touched (mm/vma.c, is_mergeable_anon_vma): 277 more in a
+ * Python with 160 MB.
+ */
+static COLD void follow_break(void)
+{
+    uintptr_t now = current_break(), from = follow.heap_end - follow.page_size;
+
+    if (now > follow.heap_end)
+        mark(from > follow.heap ? from : follow.heap, now - follow.page_size);
+    follow.heap_end = now;
+}
+
+/* Called for an allocation of SIZE bytes at A that is not known to lie in marked memory. */
+static COLD void follow_allocation(uintptr_t a, size_t size)
+{
+    /* The word before an allocation of glibc: its size and, in the low bits, where it came from
+     * (malloc/malloc.c, "struct malloc_chunk"). */
+    enum { MMAPPED = 2, OTHER_ARENA = 4 };
+    size_t header, length, before;
+    uintptr_t arena;
+
+    if (a == 0)
+        return;
+    if (current_break() != follow.heap_end)
+        follow_break();
+    if (a - follow.heap < follow.heap_end - follow.heap) {
+        /* A trim and a growth to just the same end go unseen; only big ones are worth a look. */
+        if (size >= BIG)
+            mark(a, a + size);
+        return;
+    }
+    memcpy(&header, (const char *)a - sizeof header, sizeof header);
+    memcpy(&before, (const char *)a - 2 * sizeof header, sizeof before);
+    length = header & ~(size_t)7;
+    if (header & MMAPPED) {
+        uintptr_t chunk = a - 2 * sizeof header;
+
+        if (length + before >= follow.threshold)
+            mark(chunk - before, chunk + length);
+        return;
+    }
+    arena = a & -ARENA_SIZE;
+    if (!(header & OTHER_ARENA)) {
+        mark(a, a + size); /* the main arena after a failed brk: single mappings */
+        return;
+    }
+    if (arena / ARENA_SIZE >= ARENAS || !arena_marked[arena / ARENA_SIZE]) {
+        /* The whole reservation at once: the flag stays when parts become writable later. */
+        mark(arena, arena + ARENA_SIZE);
+        if (arena / ARENA_SIZE < ARENAS)
+            arena_marked[arena / ARENA_SIZE] = 1;
+    }
+    last_arena = arena;
+}
+
+static inline void *followed(void *memory, size_t size)
+{
+    uintptr_t a = (uintptr_t)memory;
+
+    if (a - follow.heap < follow.heap_end - follow.heap && size < BIG &&
+        (uintptr_t)__curbrk == follow.heap_end)
+        return memory;
+    if ((a & -ARENA_SIZE) == last_arena)
+        return memory;
+    follow_allocation(a, size);
+    return memory;
+}
+
+/* ---- The next library's functions --------------------------------------------------------------- */
+
+static struct {
+    void *(*malloc)(size_t);
+    void *(*calloc)(size_t, size_t);
+    void *(*realloc)(void *, size_t);
+    void *(*reallocarray)(void *, size_t, size_t);
+    void *(*memalign)(size_t, size_t);
+    void *(*aligned_alloc)(size_t, size_t);
+    int (*posix_memalign)(void **, size_t, size_t);
+    void *(*valloc)(size_t);
+    void *(*pvalloc)(size_t);
+    void *(*mmap)(void *, size_t, int, int, int, off_t);
+    void *(*mmap64)(void *, size_t, int, int, int, off64_t);
+    int (*brk)(void *);
+    void *(*sbrk)(intptr_t);
+} next;
+
+/* A dynamic section's address; ld.so has added the base to all but the kernel's vdso. */
+static uintptr_t address_in(const struct link_map *map, uintptr_t value)
+{
+    return value < map->l_addr ? value + map->l_addr : value;
+}
+
+/* Where MAP defines NAME for everybody, or NULL. */
+static void *defined_in(const struct link_map *map, const char *name)
+{
+    const ElfW(Sym) *symbols = NULL;
+    const ElfW(Half) *versions = NULL;
+    const uint32_t *gnu = NULL, *sysv = NULL;
+    const char *strings = NULL;
+    uint32_t hash = 5381, index, end;
+
+    for (const ElfW(Dyn) *entry = map->l_ld; entry->d_tag != DT_NULL; entry++) {
+        uintptr_t value = address_in(map, entry->d_un.d_ptr);
+
+        switch (entry->d_tag) {
+        case DT_SYMTAB: symbols = (const void *)value; break;
+        case DT_STRTAB: strings = (const void *)value; break;
+        case DT_VERSYM: versions = (const void *)value; break;
+        case DT_GNU_HASH: gnu = (const void *)value; break;
+        case DT_HASH: sysv = (const void *)value; break;
+        }
+    }
+    if (symbols == NULL || strings == NULL || (gnu == NULL && sysv == NULL))
+        return NULL;
+    if (gnu != NULL) {
+        /* buckets, first hashed symbol, Bloom words; then Bloom filter, buckets, hash values */
+        const uint32_t *buckets = gnu + 4 + gnu[2] * (sizeof(ElfW(Addr)) / sizeof(uint32_t));
+        const uint32_t *values = buckets + gnu[0] - gnu[1];
+
+        for (const char *c = name; *c != '\0'; c++)
+            hash = hash * 33 + (unsigned char)*c;
+        index = gnu[0] != 0 ? buckets[hash % gnu[0]] : 0;
+        if (index == 0)
+            return NULL;
+        for (end = index; !(values[end] & 1); end++)
+            ;
+        end++;
+    } else {
+        index = 1;
+        end = sysv[1];
+    }
+    for (; index < end; index++) {
+        const ElfW(Sym) *symbol = &symbols[index];
+
+        if (symbol->st_shndx != SHN_UNDEF && (symbol->st_info & 15) == STT_FUNC &&
+            (versions == NULL || !(versions[index] & 0x8000)) && /* hidden: an old version */
+            strcmp(strings + symbol->st_name, name) == 0)
+            return (void *)(map->l_addr + symbol->st_value);
+    }
+    return NULL;
+}
+
+/*
+ * Fills `next` with the first definition after ours in the loader's order.
+ *
+ * Not dlsym: this has to work inside the first malloc of the process, which comes from ld.so or another
+ * library's constructor, and dlsym may allocate there, under a lock of that allocator (jemalloc issue
+ * 329).  This reads what ld.so has laid out and takes no lock.
+ */
+static COLD void find_next(void)
+{
+    extern ElfW(Dyn) _DYNAMIC[] __attribute__((visibility("hidden")));
+    static const struct {
+        const char *name;
+        size_t place;
+    } functions[] = {
+#define FUNCTION(name) {#name, offsetof(__typeof__(next), name)}
+        FUNCTION(malloc),        FUNCTION(calloc),   FUNCTION(realloc),
+        FUNCTION(reallocarray),  FUNCTION(memalign), FUNCTION(aligned_alloc),
+        FUNCTION(posix_memalign), FUNCTION(valloc),  FUNCTION(pvalloc),
+        FUNCTION(mmap),          FUNCTION(mmap64),   FUNCTION(brk),
+        FUNCTION(sbrk),
+#undef FUNCTION
+    };
+    const struct link_map *ours = _r_debug.r_map, *map;
+
+    while (ours != NULL && ours->l_ld != _DYNAMIC)
+        ours = ours->l_next;
+    if (ours == NULL)
+        return;
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
+        void *found = NULL;
+
+        for (map = ours->l_next; map != NULL && found == NULL; map = map->l_next)
+            found = defined_in(map, functions[i].name);
+        memcpy((char *)&next + functions[i].place, &found, sizeof found);
+    }
+}
+
+/* ---- Start -------------------------------------------------------------------------------------- */
+
+static int set_flag(unsigned long value)
+{
+    return prctl(KSM_PR_SET_MEMORY_MERGE, value, 0UL, 0UL, 0UL);
+}
+
+static const char *hexadecimal(const char *text, uintptr_t *value)
+{
+    for (*value = 0;; text++) {
+        unsigned digit = (unsigned char)*text;
+
+        if (digit - '0' < 10)
+            digit -= '0';
+        else if (digit - 'a' < 6)
+            digit -= 'a' - 10;
+        else
+            return text;
+        *value = *value * 16 + digit;
+    }
+}
+
+/* One line of /proc/self/maps: `start-end perms offset device inode   name`. */
+static void mark_mapping(const char *line)
+{
+    uintptr_t start, end;
+    const char *perms = hexadecimal(line, &start), *name;
+
+    perms = hexadecimal(perms + 1, &end) + 1;
+    /* Text has no anonymous memory, shared mappings are refused by the kernel. */
+    if (perms[3] != 'p' || perms[2] == 'x')
+        return;
+    name = strchr(line, '[');
+    if (name != NULL && strcmp(name, "[heap]") == 0) {
+        follow.heap = start;
+        end -= follow.page_size; /* see follow_break */
+    } else if (name != NULL && strncmp(name, "[anon", 5) != 0) {
+        return; /* the stack and the kernel's own */
+    }
+    if (end - start >= follow.threshold)
+        mark(start, end);
+}
+
+/* Marks all that is mapped: heap, data and bss of the program and its libraries, ld.so's memory. */
+static COLD void mark_everything(void)
+{
+    char text[4096];
+    size_t used = 0;
+    long got;
+    int file = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);
+
+    if (file < 0)
+        return; /* no /proc: what comes later is still followed */
+    while ((got = syscall(SYS_read, file, text + used, sizeof text - 1 - used)) > 0) {
+        char *line = text, *end;
+
+        used += (size_t)got;
+        text[used] = '\0';
+        for (; (end = strchr(line, '\n')) != NULL; line = end + 1) {
+            *end = '\0';
+            mark_mapping(line);
+        }
+        used -= (size_t)(line - text);
+        memmove(text, line, used);
+        if (used == sizeof text - 1)
+            break; /* a name as long as a page: not the kernel's format */
+    }
+    syscall(SYS_close, file);
+}
+
+static size_t threshold_from(char *const *envp)
+{
+    static const char name[] = "KSMP_MERGE_THRESHOLD=";
+    size_t value = 0;
+
+    for (; envp != NULL && *envp != NULL; envp++) {
+        if (strncmp(*envp, name, sizeof name - 1) != 0)
+            continue;
+        for (const char *c = *envp + sizeof name - 1; *c >= '0' && *c <= '9'; c++)
+            value = value > SIZE_MAX / 10 - 10 ? SIZE_MAX / 2 : value * 10 + (size_t)(*c - '0');
+    }
+    return value;
+}
+
+static void say(const char *text)
+{
+    (void)!syscall(SYS_write, 2, text, strlen(text));
+}
+
+static COLD void follow_from_here(void)
+{
+    void *libc = NULL;
+
+    follow.page_size = getauxval(AT_PAGESZ);
+    follow.threshold = threshold_from(environ);
+    follow.heap = (uintptr_t)syscall(SYS_brk, 0); /* where it will start if there is none yet */
+    follow.on = true;
+    mark_everything();
+    follow.heap_end = current_break();
+    for (const struct link_map *map = _r_debug.r_map; map != NULL && libc == NULL; map = map->l_next)
+        if (defined_in(map, "__libc_malloc") != NULL)
+            libc = defined_in(map, "malloc");
+    follow.glibc = libc != NULL && libc == (void *)next.malloc && &__curbrk != NULL;
+}
+
 __attribute__((constructor)) static void opt_in(void)
 {
-    if (getauxval(AT_SECURE) != 0) { prctl(KSM_PR_SET_MEMORY_MERGE, 0UL, 0UL, 0UL, 0UL); return; }
-    if (read_settings(environ).off) return;
-    prctl(KSM_PR_SET_MEMORY_MERGE, 1UL, 0UL, 0UL, 0UL);
+    struct settings settings;
+    int saved = errno;
+
+    if (next.malloc == NULL)
+        find_next();
+    if (getauxval(AT_SECURE) != 0) {
+        (void)set_flag(0); /* inherited from whoever started this set-uid program */
+        errno = saved;
+        return;
+    }
+    settings = read_settings(environ);
+    if (settings.off || settings.madvise)
+        (void)set_flag(0);
+    if (!settings.off && (settings.madvise || set_flag(1) != 0))
+        follow_from_here();
+    if (settings.verbose)
+        say(settings.off ? "ksm_preload: left out: KSM_PRELOAD=off\n"
+            : !settings.madvise && follow.page_size == 0 ? "ksm_preload: opted in (prctl)\n"
+            : follow.on ? "ksm_preload: opted in (madvise)\n"
+                        : "ksm_preload: not opted in: this kernel has no KSM\n");
+    errno = saved;
+}
+
+/* ---- The interposed functions ------------------------------------------------------------------- */
+
+/* The first call can come before our constructor. What no library defines cannot be had. */
+#define NEXT(name, unavailable)                                                                    \
+    do {                                                                                           \
+        if (unlikely(next.name == NULL)) {                                                         \
+            find_next();                                                                           \
+            if (next.name == NULL) {                                                               \
+                unavailable;                                                                       \
+            }                                                                                      \
+        }                                                                                          \
+    } while (0)
+
+#define NO_MEMORY                                                                                  \
+    errno = ENOMEM;                                                                                \
+    return NULL
+
+#define ALLOCATE(name, size, ...)                                                                  \
+    NEXT(name, NO_MEMORY);                                                                         \
+    if (!follow.glibc)                                                                             \
+        return next.name(__VA_ARGS__);                                                             \
+    return followed(next.name(__VA_ARGS__), size)
+
+EXPORT void *malloc(size_t size)
+{
+    ALLOCATE(malloc, size, size);
+}
+
+EXPORT void *calloc(size_t count, size_t each)
+{
+    /* Where the product overflows the result is NULL, and the size is not looked at. */
+    ALLOCATE(calloc, count * each, count, each);
+}
+
+EXPORT void *realloc(void *memory, size_t size)
+{
+    ALLOCATE(realloc, size, memory, size);
+}
+
+EXPORT void *reallocarray(void *memory, size_t count, size_t each)
+{
+    ALLOCATE(reallocarray, count * each, memory, count, each);
+}
+
+EXPORT void *memalign(size_t alignment, size_t size)
+{
+    ALLOCATE(memalign, size, alignment, size);
+}
+
+EXPORT void *aligned_alloc(size_t alignment, size_t size)
+{
+    ALLOCATE(aligned_alloc, size, alignment, size);
+}
+
+EXPORT void *valloc(size_t size)
+{
+    ALLOCATE(valloc, size, size);
+}
+
+EXPORT void *pvalloc(size_t size)
+{
+    ALLOCATE(pvalloc, size, size);
+}
+
+EXPORT int posix_memalign(void **memory, size_t alignment, size_t size)
+{
+    int error;
+
+    NEXT(posix_memalign, return ENOMEM);
+    error = next.posix_memalign(memory, alignment, size);
+    if (follow.glibc && error == 0)
+        followed(*memory, size);
+    return error;
+}
+
+/* Stacks are left out: they change too often.  So is what the kernel would refuse. */
+static void *followed_mapping(void *memory, size_t length, int prot, int flags)
+{
+    if (follow.on && memory != MAP_FAILED && length >= follow.threshold &&
+        (flags & MAP_TYPE) == MAP_PRIVATE && (prot != PROT_NONE || length < RESERVATION) &&
+        !(flags & (MAP_STACK | MAP_GROWSDOWN | MAP_HUGETLB)))
+        mark((uintptr_t)memory, (uintptr_t)memory + length);
+    return memory;
+}
+
+/* mremap needs no watching: the mapping keeps its flag, and what it grows by gets the same. */
+
+EXPORT void *mmap(void *hint, size_t length, int prot, int flags, int file, off_t offset)
+{
+    NEXT(mmap, NO_MEMORY);
+    return followed_mapping(next.mmap(hint, length, prot, flags, file, offset), length, prot, flags);
+}
+
+EXPORT void *mmap64(void *hint, size_t length, int prot, int flags, int file, off64_t offset)
+{
+    NEXT(mmap64, NO_MEMORY);
+    return followed_mapping(next.mmap64(hint, length, prot, flags, file, offset), length, prot, flags);
+}
+
+EXPORT int brk(void *end)
+{
+    int result;
+
+    NEXT(brk, errno = ENOMEM; return -1);
+    result = next.brk(end);
+    if (follow.on && current_break() != follow.heap_end)
+        follow_break();
+    return result;
+}
+
+EXPORT void *sbrk(intptr_t by)
+{
+    void *result;
+
+    NEXT(sbrk, errno = ENOMEM; return (void *)-1);
+    result = next.sbrk(by);
+    if (follow.on && current_break() != follow.heap_end)
+        follow_break();
+    return result;
 }
