@@ -363,10 +363,10 @@ static COLD void follow_from_here(void)
 
     follow.page_size = getauxval(AT_PAGESZ);
     follow.threshold = threshold_from(environ);
-    follow.heap = (uintptr_t)syscall(SYS_brk, 0); /* where it will start if there is none yet */
+    /* Where the heap will start; if there is one already, mark_everything finds its start. */
+    follow.heap = follow.heap_end = (uintptr_t)syscall(SYS_brk, 0);
     follow.on = true;
     mark_everything();
-    follow.heap_end = current_break();
     for (const struct link_map *map = _r_debug.r_map; map != NULL && libc == NULL; map = map->l_next)
         if (defined_in(map, "__libc_malloc") != NULL)
             libc = defined_in(map, "malloc");

@@ -181,6 +181,6 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("ksmtool: interrupted.", err=True)
+        click.echo("ksmtool: Interrupted.", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     sys.exit(status)

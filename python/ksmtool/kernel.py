@@ -158,11 +158,11 @@ class Ksm:
 
     def _restore(self, found: dict[str, str]) -> None:
         """Put back all that can be, then raise what went wrong first."""
-        failure: KsmtoolError | None = None
+        failure: Exception | None = None
         for name, value in found.items():
             try:
                 self.apply({name: value})
-            except KsmtoolError as error:
+            except (KsmtoolError, OSError) as error:
                 failure = failure or error
         if failure is not None:
             raise failure

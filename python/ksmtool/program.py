@@ -93,7 +93,7 @@ def inspect(path: str, search: str | None = None, _depth: int = 0) -> Program:
             head = file.read(4096)
             if head.startswith(b"\x7fELF"):
                 return _read_elf(path, head, privileged)
-    except (OSError, struct.error, UnicodeDecodeError):
+    except (OSError, struct.error, IndexError, ValueError):
         return Program(path, privileged=privileged)
     words = head[2:].split(b"\n", 1)[0].split() if head.startswith(b"#!") else []
     if not words or _depth == _MOST_INTERPRETERS:

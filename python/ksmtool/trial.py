@@ -289,14 +289,19 @@ def run(
     and for settings that cannot be written.
     """
     ksm = ksm or Ksm()
-    with _terminated_as_interrupted(), ksm.borrowed() as found:
-        was_on = ksm.running()
-        if not was_on:
-            ksm.write("run", found["run"])  # find out now whether that is allowed
-        results = [_run_arm(command, arm, options, say, ksm, found) for arm in arms]
-        return Trial(
-            tuple(command), options.copies, _compared(results), _rate(ksm, options, was_on), was_on
-        )
+    try:
+        with _terminated_as_interrupted(), ksm.borrowed() as found:
+            was_on = ksm.running()
+            if not was_on:
+                ksm.write("run", found["run"])  # find out now whether that is allowed
+            results = [_run_arm(command, arm, options, say, ksm, found) for arm in arms]
+            rate = _rate(ksm, options, was_on)
+    except KeyboardInterrupt:
+        raise KsmtoolError(
+            "Interrupted: the copies were ended and every KSM setting is as it was.",
+            status=ExitStatus.INTERRUPTED,
+        ) from None
+    return Trial(tuple(command), options.copies, _compared(results), rate, was_on)
 
 
 def _run_arm(

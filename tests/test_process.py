@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Memory and relations of processes: on fixture trees of old kernels, and on live processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ksmtool import process
+
+ROLLUP = """55d0c0e9d000-7ffe1b5d5000 ---p 00000000 00:00 0                          [rollup]
+Rss:                1000 kB
+Pss:                 500 kB
+{anon}AnonHugePages:      2048 kB
+SwapPss:               4 kB
+"""
+MAPS = "7f00-7f01 rw-p 00000000 00:00 0\nRss: 4 kB\nVmFlags: rd wr mr mw me ac{flags}\n"
+
+
+def fixture(root: Path, pid: int, files: dict[str, str]) -> Path:
+    folder = root / str(pid)
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return root
+
+
+def test_linux_6_18(tmp_path: Path) -> None:
+    stat = (
+        "ksm_rmap_items 10\nksm_zero_pages 2\nksm_merging_pages 7\nksm_process_profit 5\n"
+        "ksm_merge_any: yes\nksm_mergeable: yes\n"
+    )
+    files = {"smaps_rollup": ROLLUP.format(anon="Pss_Anon:   300 kB\n"), "ksm_stat": stat}
+    memory = process.memory(5, fixture(tmp_path, 5, files))
+    assert memory == process.Memory(
+        processes=1,
+        rss=1000 * 1024,
+        pss=500 * 1024,
+        pss_anon=300 * 1024,
+        anon_huge=2048 * 1024,
+        swap_pss=4096,
+        merging_pages=7,
+        zero_pages=2,
+        rmap_items=10,
+        opted_in=1,
+    )
+
+
+@pytest.mark.parametrize(("flags", "opted_in"), [(" mg", 1), ("", 0)])
+def test_linux_6_1_says_it_only_in_smaps(tmp_path: Path, flags: str, opted_in: int) -> None:
+    files = {
+        "smaps_rollup": ROLLUP.format(anon="Pss_Anon:   300 kB\n"),
+        "ksm_stat": "ksm_rmap_items 3\n",
+        "smaps": MAPS.format(flags=flags),
+    }
+    memory = process.memory(5, fixture(tmp_path, 5, files))
+    assert memory is not None
+    assert (memory.opted_in, memory.rmap_items, memory.merging_pages) == (opted_in, 3, 0)
+
+
+def test_linux_4_18_has_neither_ksm_stat_nor_pss_anon(tmp_path: Path) -> None:
+    files = {"smaps_rollup": ROLLUP.format(anon=""), "smaps": MAPS.format(flags="")}
+    memory = process.memory(5, fixture(tmp_path, 5, files))
+    assert memory is not None
+    assert memory.pss_anon == 500 * 1024
+
+
+def test_one_that_ended_is_no_error(tmp_path: Path) -> None:
+    assert process.memory(5, tmp_path) is None
+    assert process.opted_in(5, tmp_path) is False
+    assert process.parent_of(5, tmp_path) is None
+    assert process.total([5, 6], tmp_path) == process.Memory()
+
+
+def test_a_zombie_is_no_error() -> None:
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert process.memory(child.pid) is None
+        assert process.opted_in(child.pid) is False
+
+
+def test_a_command_name_with_parentheses(tmp_path: Path) -> None:
+    fixture(tmp_path, 7, {"stat": "7 (a) 1 (b) S 42 7 7 0"})
+    assert process.parent_of(7, tmp_path) == 42
+
+
+def test_descendants_without_some() -> None:
+    shell = "sleep 60 & sh -c 'sleep 60 & echo; wait' & wait"
+    with subprocess.Popen(["sh", "-c", shell], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        found = process.descendants(os.getpid())
+        try:
+            assert found[0] == child.pid
+            assert len(found) == 4
+            assert process.descendants(os.getpid(), without=[child.pid]) == []
+            inner = next(
+                p for p in found if process.parent_of(p) == child.pid and process.descendants(p)
+            )
+            assert len(process.descendants(os.getpid(), without=[inner])) == 2
+        finally:
+            for pid in found:
+                os.kill(pid, 9)
+
+
+def test_the_sum_of_pss_anon_is_that_of_smaps() -> None:
+    """smaps_rollup against the sum over smaps, in a process that holds still."""
+    code = "x = bytearray(8 << 20); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        memory = process.memory(child.pid)
+        anonymous = sum(
+            int(line.split()[1]) * 1024
+            for line in Path(f"/proc/{child.pid}/smaps").read_text().splitlines()
+            if line.startswith("Anonymous:")
+        )
+        child.kill()
+    assert memory is not None
+    assert memory.pss_anon > 8 << 20
+    assert memory.pss_anon == pytest.approx(anonymous, rel=0.01)
