@@ -99,30 +99,37 @@ static void probe(void)
     puts("inherit no");
 }
 
-/* Whether the loader's cache lists exactly this file, so that its bare name finds it in any program. */
-static bool in_loader_cache(const char *path)
+/*
+ * Whether the loader's cache lists this very file, so that the bare NAME finds it in any program.
+ * The path there may differ: where /lib is a link to /usr/lib, ldconfig takes the shorter one.
+ */
+static bool in_loader_cache(const char *name, const char *path)
 {
-    int file = open("/etc/ld.so.cache", O_RDONLY | O_CLOEXEC);
-    struct stat info;
+    int cache = open("/etc/ld.so.cache", O_RDONLY | O_CLOEXEC);
+    struct stat info, ours, listed;
     bool found = false;
 
-    if (file < 0)
+    if (cache < 0)
         return false;
-    if (fstat(file, &info) == 0 && info.st_size > 0) {
-        size_t size = (size_t)info.st_size;
-        const char *cache = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (fstat(cache, &info) == 0 && info.st_size > 0 && stat(path, &ours) == 0) {
+        size_t size = (size_t)info.st_size, length = strlen(name) + 1;
+        const char *text = mmap(NULL, size, PROT_READ, MAP_PRIVATE, cache, 0), *at = text;
 
-        if (cache != MAP_FAILED) {
-            /* Its string table holds NUL-terminated paths; both NULs make it the whole path. */
-            char text[PATH_MAX + 2] = "";
-            size_t length = strlen(path);
+        /* Its string table holds NUL-terminated names and paths. */
+        while (text != MAP_FAILED && !found &&
+               (at = memmem(at, size - (size_t)(at - text), name, length)) != NULL) {
+            const char *start = at;
 
-            memcpy(text + 1, path, length + 1);
-            found = memmem(cache, size, text, length + 2) != NULL;
-            munmap((void *)(uintptr_t)cache, size);
+            while (start > text && start[-1] != '\0')
+                start--;
+            found = *start == '/' && at[-1] == '/' && stat(start, &listed) == 0 &&
+                    listed.st_dev == ours.st_dev && listed.st_ino == ours.st_ino;
+            at += length;
         }
+        if (text != MAP_FAILED)
+            munmap((void *)(uintptr_t)text, size);
     }
-    close(file);
+    close(cache);
     return found;
 }
 
@@ -154,7 +161,7 @@ static const char *library_entry(const char *name, char path[PATH_MAX])
                  name);
         if (realpath(wanted, path) == NULL || access(path, R_OK) != 0)
             continue;
-        if (in_loader_cache(path))
+        if (in_loader_cache(name, path))
             return name;
         if (!preload_list_can_hold(path))
             die(FAILED, "LD_PRELOAD cannot name %s: the loader takes space, colon and $ in a path "

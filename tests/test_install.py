@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""Installed as a distribution does it, and built with what Debian 12 ships."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from conftest import need, need_command, run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the sources without what was built in them."""
+    target = tmp_path_factory.mktemp("source") / "ksm-preload"
+    left_out = shutil.ignore_patterns(".venv", ".cache", ".git", "build*", ".mesonpy-*", ".*_cache")
+    shutil.copytree(ROOT, target, ignore=left_out)
+    return target
+
+
+@pytest.fixture(scope="module")
+def system(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the project installed below /usr, as a package would have it."""
+    build = tmp_path_factory.mktemp("build")
+    staged = tmp_path_factory.mktemp("staged")
+    meson = Path(sys.executable).parent / "meson"
+    steps: list[list[object]] = [
+        [meson, "setup", build, source, "--prefix=/usr", "--libdir=lib/x86_64-linux-gnu"],
+        [meson, "install", "-C", build, "--destdir", staged, "--quiet"],
+    ]
+    for step in steps:
+        done = run(step, env={"PATH": f"{meson.parent}:{os.environ['PATH']}"})
+        assert done.returncode == 0, done.stdout + done.stderr
+    return staged
+
+
+def test_the_layout_of_a_distribution(system: Path) -> None:
+    files = {str(path.relative_to(system)) for path in system.rglob("*") if path.is_file()}
+    assert {
+        "usr/bin/ksm-wrapper",
+        "usr/lib/x86_64-linux-gnu/libksm_preload.so",
+        "usr/lib/x86_64-linux-gnu/libksm_preload_prctl.so",
+    } <= files
+    others = {name for name in files if not name.endswith(".py") and "/ksmtool/" not in name}
+    assert len(others) == 3, others
+
+
+def test_it_finds_its_libraries_wherever_it_is_put(system: Path) -> None:
+    done = run([system / "usr/bin/ksm-wrapper", "--show"])
+    library = system / "usr/lib/x86_64-linux-gnu/libksm_preload_prctl.so"
+    assert done.stdout == f"method prctl\nLD_PRELOAD {library.resolve()}\n"
+
+
+@pytest.mark.ksm
+def test_in_the_loaders_path_the_bare_name_is_used_and_works(system: Path, tmp_path: Path) -> None:
+    """In a mount namespace of its own: copied over /usr, and /etc/ld.so.cache made anew."""
+    script = f"""
+        set -e
+        top={tmp_path}
+        mount -t tmpfs none $top
+        mkdir $top/usr $top/usr.work $top/etc $top/etc.work
+        for folder in usr etc; do
+            mount -t overlay none -o \
+                lowerdir=/$folder,upperdir=$top/$folder,workdir=$top/$folder.work /$folder
+        done
+        cp -r {system}/usr/. /usr
+        ksm-wrapper --show
+        ldconfig
+        ksm-wrapper --show
+        ksm-wrapper cat /proc/self/ksm_stat
+        ksm-wrapper cat /proc/self/maps | grep -o 'libksm_preload.*'
+    """
+    done = run(["unshare", "--mount", "sh", "-c", script])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[1] == "LD_PRELOAD /usr/lib/x86_64-linux-gnu/libksm_preload_prctl.so"
+    assert lines[3] == "LD_PRELOAD libksm_preload_prctl.so"
+    assert "ksm_merge_any: yes" in lines
+    assert "libksm_preload_prctl.so" in lines[-1]
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_wheel_by_debian_12s_own_meson_python(source: Path, tmp_path: Path) -> None:
+    """With meson 1.0.1 and meson-python 0.12 of the distribution, into a new venv, and it works."""
+    python = "/usr/bin/python3"
+    need(run([python, "-c", "import mesonpy"]).returncode == 0, "no python3-mesonpy")
+    need_command("/usr/bin/meson")
+    code = f"import mesonpy; print(mesonpy.__version__, mesonpy.build_wheel({str(tmp_path)!r}))"
+    done = run([python, "-c", code], cwd=source, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("ksm_preload-")
+    assert wheel.name.endswith("py3-none-linux_x86_64.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.endswith("data/lib/ksm-preload/libksm_preload_prctl.so") for name in names)
+
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", venv], check=True)
+    subprocess.run(
+        [venv / "bin/python", "-m", "pip", "install", "--quiet", wheel],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    explained = run([venv / "bin/ksmtool", "wrap", "--explain", "echo", "hello"])
+    assert explained.stdout == "hello\n"
+    assert f"LD_PRELOAD={venv}/lib/ksm-preload/libksm_preload" in explained.stderr
