@@ -152,20 +152,20 @@ def try_(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def _progress() -> Iterator[Callable[[str, float], None]]:
     """Show what goes on, on stderr and only if that is a terminal."""
     from rich.console import Console  # noqa: PLC0415
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda _: None
+        yield lambda _text, _done: None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
     columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda text: progress.update(task, description=text)
+        task = progress.add_task("", total=1.0)
+        yield lambda text, done: progress.update(task, description=text, completed=done)
 
 
 def main() -> None:

@@ -39,7 +39,12 @@ SETTLED_CHANGE = 0.01
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_MEMORY_MERGE = 67
 
-Say = Callable[[str], None]
+Say = Callable[[str, float], None]
+"""Told what goes on and how much of it is done, 0 to 1."""
+
+
+def _silent(_text: str, _done: float) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -279,14 +284,14 @@ def run(
     command: Sequence[str],
     arms: Sequence[Arm],
     options: Options,
-    say: Say = lambda _: None,
+    say: Say = _silent,
     ksm: Ksm | None = None,
 ) -> Trial:
     """Run every arm in turn and return what was measured.
 
-    `say` is told in a few words what goes on. Every KSM setting is as before when this returns or
-    raises; KsmtoolError is raised for a copy that dies, for copies that do not get ready in time
-    and for settings that cannot be written.
+    `say` is told what goes on, all arms together being 1. Every KSM setting is as before when this
+    returns or raises; KsmtoolError is raised for a copy that dies, for copies that do not get ready
+    in time, for settings that cannot be written, and after Ctrl-C, SIGTERM and SIGHUP.
     """
     ksm = ksm or Ksm()
     try:
@@ -294,7 +299,10 @@ def run(
             was_on = ksm.running()
             if not was_on:
                 ksm.write("run", found["run"])  # find out now whether that is allowed
-            results = [_run_arm(command, arm, options, say, ksm, found) for arm in arms]
+            results = [
+                _run_arm(command, arm, options, _part(say, arm.name, at, len(arms)), ksm, found)
+                for at, arm in enumerate(arms)
+            ]
             rate = _rate(ksm, options, was_on)
     except KeyboardInterrupt:
         raise KsmtoolError(
@@ -302,6 +310,11 @@ def run(
             status=ExitStatus.INTERRUPTED,
         ) from None
     return Trial(tuple(command), options.copies, _compared(results), rate, was_on)
+
+
+def _part(say: Say, name: str, at: int, of: int) -> Say:
+    """Return a Say for arm number `at` of `of`."""
+    return lambda text, done: say(f"{name}: {text}", (at + done) / of)
 
 
 def _run_arm(
@@ -318,26 +331,26 @@ def _run_arm(
     before = ksm.counters()
     try:
         with Fleet(command, arm, options.copies) as fleet:
-            say(f"{arm.name}: starting {options.copies} copies")
+            say(f"starting {options.copies} copies", 0.0)
             _wait_ready(fleet, options, say)
             ready = fleet.memory()
             turn_on(ksm, options)
             cpu_before = ksm.ksmd_cpu_seconds()
             passes, settled = settle(
-                ksm, fleet, options.timeout, lambda text: say(f"{arm.name}: {text}")
+                ksm, fleet, options.timeout, lambda text, done: say(text, 0.2 + 0.6 * done)
             )
             drive_status = None
             if options.drive is not None:
-                say(f"{arm.name}: driving")
+                say("driving", 0.8)
                 drive_status = _drive(options.drive, fleet)
             fleet.check()
             memory = fleet.memory()
             cpu_after = ksm.ksmd_cpu_seconds()
             if memory.opted_in and found["run"] != "1":
-                say(f"{arm.name}: counting unique and volatile pages")
+                say("counting unique and volatile pages", 0.9)
                 _classify(ksm, options.timeout)
             after = ksm.counters()
-            say(f"{arm.name}: ending the copies")
+            say("ending the copies", 0.95)
     finally:
         _remove_ready_files(options)
     _sweep(ksm, options)
@@ -374,7 +387,7 @@ def turn_on(ksm: Ksm, options: Options) -> None:
         )
 
 
-def settle(ksm: Ksm, fleet: Fleet, timeout: float, say: Say = lambda _: None) -> tuple[int, bool]:
+def settle(ksm: Ksm, fleet: Fleet, timeout: float, say: Say = _silent) -> tuple[int, bool]:
     """Wait until merging has settled; return the whole passes counted and whether it had by then.
 
     Settled: at least four passes over all opted-in memory, and over the last three less than 1 %
@@ -383,25 +396,25 @@ def settle(ksm: Ksm, fleet: Fleet, timeout: float, say: Say = lambda _: None) ->
     """
     if not any(process.opted_in(pid) for pid in fleet.pids()):
         return 0, True
-    first = seen = ksm.number("full_scans")
-    history = [ksm.counters().merged]
+    first = ksm.number("full_scans")
+    passes = 0
+    seen = [(0, ksm.counters().merged)]
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         fleet.check()
-        scans = ksm.number("full_scans")
-        if scans == seen:
+        passes = ksm.number("full_scans") - first
+        if passes == seen[-1][0]:
             time.sleep(POLL_SECONDS)
             continue
-        # One measurement for each pass, also for those that were too quick to be seen one by one.
         merged = ksm.counters().merged
-        history.extend([merged] * (scans - seen))
-        seen = scans
-        say(f"pass {scans - first}, {merged * PAGE_SIZE / 1e6:.0f} MB merged")
-        if scans - first >= SETTLED_PASSES:
-            change = abs(merged - history[-1 - SETTLED_WINDOW])
-            if change <= max(SETTLED_CHANGE * merged, 16):
-                return scans - first, True
-    return seen - first, False
+        # How many passes it will take is not known: each takes a part of what is left.
+        say(f"pass {passes}, {merged * PAGE_SIZE / 1e6:.0f} MB merged", 1 - 0.8**passes)
+        if passes >= SETTLED_PASSES:
+            before = [pages for at, pages in seen if at <= passes - SETTLED_WINDOW][-1]
+            if abs(merged - before) <= max(SETTLED_CHANGE * merged, 16):
+                return passes, True
+        seen.append((passes, merged))
+    return passes, False
 
 
 def _classify(ksm: Ksm, timeout: float) -> None:
@@ -441,7 +454,7 @@ def _wait_ready(fleet: Fleet, options: Options, say: Say) -> None:
                 f"waited for {waiting_for}.",
                 "Give them more time with --timeout.",
             )
-        say(f"{fleet.arm.name}: waiting for {waiting_for}")
+        say(f"waiting for {waiting_for}", 0.1)
         time.sleep(POLL_SECONDS)
 
 
