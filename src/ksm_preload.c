@@ -231,6 +231,28 @@ static void *defined_in(const struct link_map *map, const char *name)
     return NULL;
 }
 
+/* All that is loaded, in order, as the loader tells debuggers.  By way of the program's headers, since
+ * glibc's name for it, _r_debug, is not musl's, and one missing symbol stops a program there. */
+static const struct link_map *loaded(void)
+{
+    const ElfW(Phdr) *header = (const void *)getauxval(AT_PHDR), *dynamic = NULL;
+    unsigned long count = getauxval(AT_PHNUM);
+    uintptr_t base = 0;
+
+    for (; header != NULL && count > 0; header++, count--) {
+        if (header->p_type == PT_PHDR)
+            base = (uintptr_t)header - header->p_vaddr;
+        else if (header->p_type == PT_DYNAMIC)
+            dynamic = header;
+    }
+    if (dynamic == NULL)
+        return NULL;
+    for (const ElfW(Dyn) *entry = (const void *)(base + dynamic->p_vaddr); entry->d_tag != DT_NULL; entry++)
+        if (entry->d_tag == DT_DEBUG && entry->d_un.d_ptr != 0)
+            return ((const struct r_debug *)entry->d_un.d_ptr)->r_map;
+    return NULL;
+}
+
 /*
  * Fills `next` with the first definition after ours in the loader's order.
  *
@@ -253,7 +275,7 @@ static COLD void find_next(void)
         FUNCTION(sbrk),
 #undef FUNCTION
     };
-    const struct link_map *ours = _r_debug.r_map, *map;
+    const struct link_map *ours = loaded(), *map;
 
     while (ours != NULL && ours->l_ld != _DYNAMIC)
         ours = ours->l_next;
@@ -266,6 +288,8 @@ static COLD void find_next(void)
             found = defined_in(map, functions[i].name);
         memcpy((char *)&next + functions[i].place, &found, sizeof found);
     }
+    if (next.mmap64 == NULL && sizeof(off_t) == sizeof(off64_t)) /* musl */
+        next.mmap64 = (void *(*)(void *, size_t, int, int, int, off64_t))next.mmap;
 }
 
 /* ---- Start -------------------------------------------------------------------------------------- */
@@ -367,7 +391,7 @@ static COLD void follow_from_here(void)
     follow.heap = follow.heap_end = (uintptr_t)syscall(SYS_brk, 0);
     follow.on = true;
     mark_everything();
-    for (const struct link_map *map = _r_debug.r_map; map != NULL && libc == NULL; map = map->l_next)
+    for (const struct link_map *map = loaded(); map != NULL && libc == NULL; map = map->l_next)
         if (defined_in(map, "__libc_malloc") != NULL)
             libc = defined_in(map, "malloc");
     follow.glibc = libc != NULL && libc == (void *)next.malloc && &__curbrk != NULL;

@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -133,17 +134,17 @@ static bool in_loader_cache(const char *name, const char *path)
     return found;
 }
 
-/* Where this program lies, without the name; the configured place where /proc is not mounted. */
+/* Where this program lies, without the name.  Without /proc, by the name it was started with. */
 static void own_directory(char directory[PATH_MAX])
 {
-    ssize_t length = readlink("/proc/self/exe", directory, PATH_MAX - 1);
+    const char *started_as = (const char *)getauxval(AT_EXECFN);
     char *slash;
 
-    if (length < 0) {
+    if (realpath("/proc/self/exe", directory) == NULL &&
+        (started_as == NULL || realpath(started_as, directory) == NULL)) {
         strcpy(directory, KSM_BINDIR);
         return;
     }
-    directory[length] = '\0';
     slash = strrchr(directory, '/');
     if (slash != NULL)
         *slash = '\0';
@@ -242,6 +243,8 @@ int main(int argc, char **argv)
             puts("ksm-wrapper " KSM_VERSION);
             return 0;
         default:
+            if (optopt > 0 && optopt < METHOD) /* one letter, maybe of several */
+                die(USAGE, "no option '-%c'\nhint: try ksm-wrapper --help", optopt);
             die(USAGE, "wrong or incomplete option '%s'\nhint: try ksm-wrapper --help",
                 argv[optind - 1]);
         }
@@ -263,8 +266,11 @@ int main(int argc, char **argv)
         if (method == MADVISE && !preload)
             die(UNSUPPORTED, "the madvise method works through the library only\n"
                              "hint: leave --no-preload away");
+        /* The library reads what the option asks for; an option wins over the environment. */
         if (forced && setenv("KSM_PRELOAD", "madvise", 1) != 0)
             die(FAILED, "cannot set KSM_PRELOAD: %s", strerror(errno));
+        if (method == PRCTL && settings != NULL && strcmp(settings, "madvise") == 0)
+            unsetenv("KSM_PRELOAD");
         if (preload) {
             const char *entry = library_entry(
                 method == PRCTL ? "libksm_preload_prctl.so" : "libksm_preload.so", path);

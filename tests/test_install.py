@@ -72,6 +72,7 @@ def test_in_the_loaders_path_the_bare_name_is_used_and_works(system: Path, tmp_p
                 lowerdir=/$folder,upperdir=$top/$folder,workdir=$top/$folder.work /$folder
         done
         cp -r {system}/usr/. /usr
+        PATH=/usr/bin:/usr/sbin:/bin:/sbin
         ksm-wrapper --show
         ldconfig
         ksm-wrapper --show

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: MIT
+"""What tests share: where the installed project is, the C victims, KSM borrowed, and waiting."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ksmtool.kernel import Ksm
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent / "src"
+
+PR_SET_MEMORY_MERGE = 67
+PR_GET_AUXV = 0x41555856
+
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+# The compilers of the victims, by the word a test asks with.
+COMPILERS = {
+    "dynamic": ("gcc",),
+    "no-pie": ("gcc", "-no-pie"),
+    "static": ("gcc", "-static"),
+    "static-pie": ("gcc", "-static-pie"),
+    "musl": ("musl-gcc",),
+    "musl-static": ("musl-gcc", "-static"),
+    "asan": ("gcc", "-fsanitize=address"),
+    "i386": ("i686-linux-gnu-gcc",),
+    "aarch64": ("aarch64-linux-gnu-gcc",),
+}
+
+
+def need(condition: object, reason: str) -> None:
+    """Skip the test with `reason` unless `condition` holds; in CI, where all is there, fail it."""
+    if condition:
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"not here, but needed in CI: {reason}")
+    pytest.skip(reason)
+
+
+def need_command(name: str) -> str:
+    """Return the path of a command, or skip."""
+    path = shutil.which(name)
+    need(path is not None, f"no {name}")
+    return str(path)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll `condition`; fail the test with `what` if it is not true within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds:g} s in vain: {what}")
+        time.sleep(0.01)
+
+
+def run(
+    command: Sequence[object],
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with a short, known environment plus `env`; return it when it has ended."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **(env or {})},
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    # Not text=True: that takes a carriage return for a newline.
+    stdout, stderr = os.fsdecode(done.stdout), os.fsdecode(done.stderr)
+    return subprocess.CompletedProcess(done.args, done.returncode, stdout, stderr)
+
+
+def facts(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
+    """What the victim `report` printed: key -> values."""
+    assert done.returncode == 0, done.stderr
+    result: dict[str, list[str]] = defaultdict(list)
+    for line in done.stdout.splitlines():
+        key, _, value = line.partition(" ")
+        result[key].append(value)
+    return result
+
+
+def opted_in(report: dict[str, list[str]]) -> str:
+    """Return how the kernel says it is opted in: "prctl", "madvise", or "no"; all signs agree."""
+    flag, mergeable = report["merge"] == ["1"], set(report["small_mergeable"])
+    mergeable |= set(report["large_mergeable"])
+    assert mergeable == {"yes"} or (mergeable == {"no"} and not flag), report
+    if report["ksm_merge_any"]:  # Linux 6.14
+        assert report["ksm_merge_any"] == ["yes" if flag else "no"]
+    return "prctl" if flag else "madvise" if mergeable == {"yes"} else "no"
+
+
+MERGING = ("merge", "small_mergeable", "large_mergeable", "ksm_merge_any")
+
+
+def without_us(report: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the report without its lines that name us or say that merging is on."""
+    ours = re.compile(r"libksm_preload|^LD_PRELOAD=|^KSM_PRELOAD")
+    differs = {*MERGING, "pid", "ppid", "session"}
+    kept = {
+        key: [value for value in values if not ours.search(value)]
+        for key, values in report.items()
+        if key not in differs
+    }
+    # Pipes have new numbers in every run, and mappings a new order.
+    kept["fd"] = [re.sub(r"pipe:\[\d+\]", "a pipe", value) for value in kept["fd"]]
+    kept["file"].sort()
+    return {key: values for key, values in kept.items() if values}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """An installation of this project."""
+
+    wrapper: Path
+    prctl_library: Path
+    madvise_library: Path
+    ksmtool: Path
+
+    @staticmethod
+    def below(prefix: Path) -> Tree:
+        """Return the paths that `pip install` gives below a prefix."""
+        libraries = prefix / "lib" / "ksm-preload"
+        return Tree(
+            prefix / "bin" / "ksm-wrapper",
+            libraries / "libksm_preload_prctl.so",
+            libraries / "libksm_preload.so",
+            prefix / "bin" / "ksmtool",
+        )
+
+    def copy_to(self, prefix: Path) -> Tree:
+        """Copy what is written in C to another prefix and return it; anybody may use the copy."""
+        copy = Tree.below(prefix)
+        for source, target in (
+            (self.wrapper, copy.wrapper),
+            (self.prctl_library, copy.prctl_library),
+            (self.madvise_library, copy.madvise_library),
+        ):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+            target.chmod(0o755)
+        return copy
+
+
+class Victims:
+    """The programs of tests/programs, each compiled when a test first asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Compile into `folder`."""
+        self._folder = folder
+
+    def __call__(self, name: str, kind: str = "dynamic") -> Path:
+        """Return the program `name`, compiled as the `kind` of COMPILERS says."""
+        compiler, *options = COMPILERS[kind]
+        program = self._folder / f"{name}-{kind}"
+        if not program.exists():
+            self._compile(
+                [compiler, *options, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"],
+                HERE / "programs" / f"{name}.c",
+                program,
+            )
+        return program
+
+    def shim(self, kind: str) -> Path:
+        """Return libksm_preload_prctl.so built for another architecture."""
+        compiler = COMPILERS[kind][0]
+        library = self._folder / f"libksm_preload_prctl-{kind}.so"
+        if not library.exists():
+            # What the build uses (src/meson.build), as far as it changes the code.
+            options = "-O2 -std=gnu11 -Wall -Wextra -Werror -ffreestanding -fvisibility=hidden"
+            options += " -fno-stack-protector -shared -fPIC -nostdlib -Wl,-z,now -Wl,-z,norelro"
+            options += " -Wl,-z,noseparate-code -Wl,-z,noexecstack"
+            self._compile([compiler, *options.split()], SOURCE / "ksm_preload_prctl.c", library)
+        return library
+
+    @staticmethod
+    def _compile(command: Sequence[str], source: Path, output: Path) -> None:
+        need_command(command[0])
+        done = run([*command, "-o", output, source])
+        assert done.returncode == 0, f"{source.name} does not compile: {done.stderr}"
+
+
+def _reason_against_ksm() -> str | None:
+    if os.geteuid() != 0:
+        return "needs root"
+    if not Ksm().available():
+        return "this kernel has no KSM"
+    probe = "import ctypes, sys; p = ctypes.CDLL(None).prctl; p.argtypes = [ctypes.c_ulong] * 5; "
+    probe += f"sys.exit(p({PR_SET_MEMORY_MERGE}, 1, 0, 0, 0) != 0)"
+    if subprocess.run([sys.executable, "-c", probe], check=False).returncode != 0:
+        return "this kernel has no PR_SET_MEMORY_MERGE"
+    return None
+
+
+@pytest.fixture(scope="session")
+def reason_against_ksm() -> str | None:
+    """Why tests with the marker `ksm` cannot run here; None if they can."""
+    return _reason_against_ksm()
+
+
+@pytest.fixture(autouse=True)
+def _ksm_marker(request: pytest.FixtureRequest, reason_against_ksm: str | None) -> None:
+    if request.node.get_closest_marker("ksm") is not None:
+        need(reason_against_ksm is None, reason_against_ksm or "")
+
+
+@pytest.fixture(scope="session")
+def tree() -> Tree:
+    """Return the project as installed beside the Python that runs the tests."""
+    # Not resolved: in a venv that would be the Python it was made from.
+    found = Tree.below(Path(sys.executable).parent.parent)
+    for path in (found.wrapper, found.prctl_library, found.madvise_library, found.ksmtool):
+        assert path.exists(), f"{path} is missing: run `pip install .` in this environment"
+    return found
+
+
+@pytest.fixture(scope="session")
+def public() -> Iterator[Path]:
+    """Return a folder that every user can reach, where set-uid bits and capabilities count."""
+    folder = Path(tempfile.mkdtemp(prefix="ksm-preload-tests-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def public_tree(tree: Tree, public: Path) -> Tree:
+    """Return a copy of the installation that an unprivileged user can reach."""
+    return tree.copy_to(public / "installed")
+
+
+@pytest.fixture(scope="session")
+def victims(public: Path) -> Victims:
+    """Return the compiled programs of tests/programs, by name."""
+    folder = public / "victims"
+    folder.mkdir()
+    return Victims(folder)
+
+
+@pytest.fixture
+def ksm(reason_against_ksm: str | None) -> Iterator[Ksm]:
+    """Return KSM, set to scan fast but stopped until a test writes 1 to `run`.
+
+    All settings are put back, and no other user of ksmtool has KSM meanwhile.
+    """
+    need(reason_against_ksm is None, reason_against_ksm or "")
+    kernel = Ksm()
+    with kernel.borrowed() as found:
+        wanted = {
+            "advisor_mode": "none",
+            "smart_scan": "0",
+            "pages_to_scan": "20000",
+            "sleep_millisecs": "10",
+            "run": "0",
+        }
+        kernel.apply({name: value for name, value in wanted.items() if name in found})
+        yield kernel
