@@ -33,6 +33,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define COLD __attribute__((noinline, cold))
+#define likely(condition) __builtin_expect(!!(condition), 1)
 #define unlikely(condition) __builtin_expect(!!(condition), 0)
 
 /* ---- Marking ---------------------------------------------------------------------------------- */
@@ -101,8 +102,8 @@ static COLD void follow_break(void)
     follow.heap_end = now;
 }
 
-/* Called for an allocation of SIZE bytes at A that is not known to lie in marked memory. */
-static COLD void follow_allocation(uintptr_t a, size_t size)
+/* Called for an allocation at A that is not known to lie in marked memory. */
+static COLD void follow_allocation(uintptr_t a)
 {
     /* The word before an allocation of glibc: its size and, in the low bits, where it came from
      * (malloc/malloc.c, "struct malloc_chunk"). */
@@ -110,19 +111,19 @@ static COLD void follow_allocation(uintptr_t a, size_t size)
     size_t header, length, before;
     uintptr_t arena;
 
-    if (a == 0)
-        return;
     if (current_break() != follow.heap_end)
         follow_break();
-    if (a - follow.heap < follow.heap_end - follow.heap) {
-        /* A trim and a growth to just the same end go unseen; only big ones are worth a look. */
-        if (size >= BIG)
-            mark(a, a + size);
+    if (a == 0)
         return;
-    }
     memcpy(&header, (const char *)a - sizeof header, sizeof header);
     memcpy(&before, (const char *)a - 2 * sizeof header, sizeof before);
     length = header & ~(size_t)7;
+    if (a - follow.heap < follow.heap_end - follow.heap) {
+        /* A trim and a growth to just the same end go unseen; only big ones are worth a look. */
+        if (length >= BIG)
+            mark(a, a + length);
+        return;
+    }
     if (header & MMAPPED) {
         uintptr_t chunk = a - 2 * sizeof header;
 
@@ -132,7 +133,7 @@ static COLD void follow_allocation(uintptr_t a, size_t size)
     }
     arena = a & -ARENA_SIZE;
     if (!(header & OTHER_ARENA)) {
-        mark(a, a + size); /* the main arena after a failed brk: single mappings */
+        mark(a, a + length); /* the main arena after a failed brk: single mappings */
         return;
     }
     if (arena / ARENA_SIZE >= ARENAS || !arena_marked[arena / ARENA_SIZE]) {
@@ -144,36 +145,57 @@ static COLD void follow_allocation(uintptr_t a, size_t size)
     last_arena = arena;
 }
 
-static inline void *followed(void *memory, size_t size)
+static inline void *followed(void *memory, bool big)
 {
     uintptr_t a = (uintptr_t)memory;
 
-    if (a - follow.heap < follow.heap_end - follow.heap && size < BIG &&
-        (uintptr_t)__curbrk == follow.heap_end)
+    /* The brk heap is the lowest that an allocator has, so its end is bound enough; NULL passes too. */
+    if (likely(!big && a < follow.heap_end && (uintptr_t)__curbrk == follow.heap_end))
         return memory;
-    if ((a & -ARENA_SIZE) == last_arena)
-        return memory;
-    follow_allocation(a, size);
+    if (unlikely((a & -ARENA_SIZE) != last_arena))
+        follow_allocation(a);
     return memory;
 }
 
 /* ---- The next library's functions --------------------------------------------------------------- */
 
+/* What is interposed: type, name, parameters, arguments, and what failing is. */
+#define ALLOCATORS(X)                                                                              \
+    X(malloc, (size_t size), (size), size)                                                         \
+    X(calloc, (size_t count, size_t each), (count, each), count * each)                            \
+    X(realloc, (void *old, size_t size), (old, size), size)                                        \
+    X(reallocarray, (void *old, size_t count, size_t each), (old, count, each), count * each)      \
+    X(memalign, (size_t alignment, size_t size), (alignment, size), size)                          \
+    X(aligned_alloc, (size_t alignment, size_t size), (alignment, size), size)                     \
+    X(valloc, (size_t size), (size), size)                                                         \
+    X(pvalloc, (size_t size), (size), size)
+#define OTHERS(X)                                                                                  \
+    X(int, posix_memalign, (void **memory, size_t alignment, size_t size),                         \
+      (memory, alignment, size), return ENOMEM)                                                    \
+    X(void *, mmap, (void *hint, size_t length, int prot, int flags, int file, off_t offset),      \
+      (hint, length, prot, flags, file, offset), errno = ENOMEM; return MAP_FAILED)                \
+    X(void *, mmap64, (void *hint, size_t length, int prot, int flags, int file, off64_t offset),  \
+      (hint, length, prot, flags, file, offset), errno = ENOMEM; return MAP_FAILED)                \
+    X(int, brk, (void *end), (end), errno = ENOMEM; return -1)                                     \
+    X(void *, sbrk, (intptr_t by), (by), errno = ENOMEM; return (void *)-1)
+#define FUNCTIONS(X)                                                                               \
+    ALLOCATORS(ALLOCATOR_##X)                                                                      \
+    OTHERS(X)
+
+#define DECLARE(type, name, params, args, failing) static type early_##name params;
+#define ALLOCATOR_DECLARE(name, params, args, size) DECLARE(void *, name, params, args, )
+FUNCTIONS(DECLARE)
+
+/* Each starts as early_NAME, which finds all of them: the first call can come before our constructor. */
 static struct {
-    void *(*malloc)(size_t);
-    void *(*calloc)(size_t, size_t);
-    void *(*realloc)(void *, size_t);
-    void *(*reallocarray)(void *, size_t, size_t);
-    void *(*memalign)(size_t, size_t);
-    void *(*aligned_alloc)(size_t, size_t);
-    int (*posix_memalign)(void **, size_t, size_t);
-    void *(*valloc)(size_t);
-    void *(*pvalloc)(size_t);
-    void *(*mmap)(void *, size_t, int, int, int, off_t);
-    void *(*mmap64)(void *, size_t, int, int, int, off64_t);
-    int (*brk)(void *);
-    void *(*sbrk)(intptr_t);
-} next;
+#define POINTER(type, name, params, args, failing) type(*name) params;
+#define ALLOCATOR_POINTER(name, params, args, size) POINTER(void *, name, params, args, )
+    FUNCTIONS(POINTER)
+} next = {
+#define EARLY(type, name, params, args, failing) .name = early_##name,
+#define ALLOCATOR_EARLY(name, params, args, size) EARLY(void *, name, params, args, )
+    FUNCTIONS(EARLY)
+};
 
 /* A dynamic section's address; ld.so has added the base to all but the kernel's vdso. */
 static uintptr_t address_in(const struct link_map *map, uintptr_t value)
@@ -267,13 +289,9 @@ static COLD void find_next(void)
         const char *name;
         size_t place;
     } functions[] = {
-#define FUNCTION(name) {#name, offsetof(__typeof__(next), name)}
-        FUNCTION(malloc),        FUNCTION(calloc),   FUNCTION(realloc),
-        FUNCTION(reallocarray),  FUNCTION(memalign), FUNCTION(aligned_alloc),
-        FUNCTION(posix_memalign), FUNCTION(valloc),  FUNCTION(pvalloc),
-        FUNCTION(mmap),          FUNCTION(mmap64),   FUNCTION(brk),
-        FUNCTION(sbrk),
-#undef FUNCTION
+#define PLACE(type, name, params, args, failing) {#name, offsetof(__typeof__(next), name)},
+#define ALLOCATOR_PLACE(name, params, args, size) PLACE(void *, name, params, args, )
+        FUNCTIONS(PLACE)
     };
     const struct link_map *ours = loaded(), *map;
 
@@ -286,9 +304,10 @@ static COLD void find_next(void)
 
         for (map = ours->l_next; map != NULL && found == NULL; map = map->l_next)
             found = defined_in(map, functions[i].name);
-        memcpy((char *)&next + functions[i].place, &found, sizeof found);
+        if (found != NULL)
+            memcpy((char *)&next + functions[i].place, &found, sizeof found);
     }
-    if (next.mmap64 == NULL && sizeof(off_t) == sizeof(off64_t)) /* musl */
+    if (next.mmap64 == early_mmap64 && sizeof(off_t) == sizeof(off64_t)) /* musl */
         next.mmap64 = (void *(*)(void *, size_t, int, int, int, off64_t))next.mmap;
 }
 
@@ -402,7 +421,7 @@ __attribute__((constructor)) static void opt_in(void)
     struct settings settings;
     int saved = errno;
 
-    if (next.malloc == NULL)
+    if (next.malloc == early_malloc)
         find_next();
     if (getauxval(AT_SECURE) != 0) {
         (void)set_flag(0); /* inherited from whoever started this set-uid program */
@@ -424,76 +443,38 @@ __attribute__((constructor)) static void opt_in(void)
 
 /* ---- The interposed functions ------------------------------------------------------------------- */
 
-/* The first call can come before our constructor. What no library defines cannot be had. */
-#define NEXT(name, unavailable)                                                                    \
-    do {                                                                                           \
-        if (unlikely(next.name == NULL)) {                                                         \
-            find_next();                                                                           \
-            if (next.name == NULL) {                                                               \
-                unavailable;                                                                       \
-            }                                                                                      \
-        }                                                                                          \
-    } while (0)
+/* What no other library defines cannot be had. */
+#define DEFINE_EARLY(type, name, params, args, failing)                                            \
+    static COLD type early_##name params                                                           \
+    {                                                                                              \
+        find_next();                                                                               \
+        if (next.name != early_##name)                                                             \
+            return next.name args;                                                                 \
+        failing;                                                                                   \
+    }
+#define ALLOCATOR_DEFINE_EARLY(name, params, args, size)                                           \
+    DEFINE_EARLY(void *, name, params, args, errno = ENOMEM; return NULL)
+FUNCTIONS(DEFINE_EARLY)
 
-#define NO_MEMORY                                                                                  \
-    errno = ENOMEM;                                                                                \
-    return NULL
-
-#define ALLOCATE(name, size, ...)                                                                  \
-    NEXT(name, NO_MEMORY);                                                                         \
-    if (!follow.glibc)                                                                             \
-        return next.name(__VA_ARGS__);                                                             \
-    return followed(next.name(__VA_ARGS__), size)
-
-EXPORT void *malloc(size_t size)
-{
-    ALLOCATE(malloc, size, size);
-}
-
-EXPORT void *calloc(size_t count, size_t each)
-{
-    /* Where the product overflows the result is NULL, and the size is not looked at. */
-    ALLOCATE(calloc, count * each, count, each);
-}
-
-EXPORT void *realloc(void *memory, size_t size)
-{
-    ALLOCATE(realloc, size, memory, size);
-}
-
-EXPORT void *reallocarray(void *memory, size_t count, size_t each)
-{
-    ALLOCATE(reallocarray, count * each, memory, count, each);
-}
-
-EXPORT void *memalign(size_t alignment, size_t size)
-{
-    ALLOCATE(memalign, size, alignment, size);
-}
-
-EXPORT void *aligned_alloc(size_t alignment, size_t size)
-{
-    ALLOCATE(aligned_alloc, size, alignment, size);
-}
-
-EXPORT void *valloc(size_t size)
-{
-    ALLOCATE(valloc, size, size);
-}
-
-EXPORT void *pvalloc(size_t size)
-{
-    ALLOCATE(pvalloc, size, size);
-}
+/* Where a product of count and each overflows, the result is NULL and the size is not looked at. */
+#define DEFINE_ALLOCATOR(name, params, args, size)                                                 \
+    EXPORT void *name params                                                                       \
+    {                                                                                              \
+        if (!follow.glibc)                                                                         \
+            return next.name args;                                                                 \
+        /* Not one call with the comparison's result, which would have to be kept over it. */      \
+        if (unlikely((size) >= BIG))                                                               \
+            return followed(next.name args, true);                                                 \
+        return followed(next.name args, false);                                                    \
+    }
+ALLOCATORS(DEFINE_ALLOCATOR)
 
 EXPORT int posix_memalign(void **memory, size_t alignment, size_t size)
 {
-    int error;
+    int error = next.posix_memalign(memory, alignment, size);
 
-    NEXT(posix_memalign, return ENOMEM);
-    error = next.posix_memalign(memory, alignment, size);
     if (follow.glibc && error == 0)
-        followed(*memory, size);
+        followed(*memory, size >= BIG);
     return error;
 }
 
@@ -511,22 +492,19 @@ static void *followed_mapping(void *memory, size_t length, int prot, int flags)
 
 EXPORT void *mmap(void *hint, size_t length, int prot, int flags, int file, off_t offset)
 {
-    NEXT(mmap, NO_MEMORY);
     return followed_mapping(next.mmap(hint, length, prot, flags, file, offset), length, prot, flags);
 }
 
 EXPORT void *mmap64(void *hint, size_t length, int prot, int flags, int file, off64_t offset)
 {
-    NEXT(mmap64, NO_MEMORY);
-    return followed_mapping(next.mmap64(hint, length, prot, flags, file, offset), length, prot, flags);
+    return followed_mapping(next.mmap64(hint, length, prot, flags, file, offset), length, prot,
+                            flags);
 }
 
 EXPORT int brk(void *end)
 {
-    int result;
+    int result = next.brk(end);
 
-    NEXT(brk, errno = ENOMEM; return -1);
-    result = next.brk(end);
     if (follow.on && current_break() != follow.heap_end)
         follow_break();
     return result;
@@ -534,10 +512,8 @@ EXPORT int brk(void *end)
 
 EXPORT void *sbrk(intptr_t by)
 {
-    void *result;
+    void *result = next.sbrk(by);
 
-    NEXT(sbrk, errno = ENOMEM; return (void *)-1);
-    result = next.sbrk(by);
     if (follow.on && current_break() != follow.heap_end)
         follow_break();
     return result;
