@@ -127,6 +127,7 @@ static COLD void follow_allocation(uintptr_t a)
     if (header & MMAPPED) {
         uintptr_t chunk = a - 2 * sizeof header;
 
+        /* All of it: mremap refuses a range of two mappings, and realloc would have to copy. */
         if (length + before >= follow.threshold)
             mark(chunk - before, chunk + length);
         return;

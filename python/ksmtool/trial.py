@@ -332,7 +332,7 @@ def _run_arm(
     try:
         with Fleet(command, arm, options.copies) as fleet:
             say(f"starting {options.copies} copies", 0.0)
-            _wait_ready(fleet, options, say)
+            wait_ready(fleet, options, say)
             ready = fleet.memory()
             turn_on(ksm, options)
             cpu_before = ksm.ksmd_cpu_seconds()
@@ -431,7 +431,8 @@ def _classify(ksm: Ksm, timeout: float) -> None:
         time.sleep(POLL_SECONDS / 4)
 
 
-def _wait_ready(fleet: Fleet, options: Options, say: Say) -> None:
+def wait_ready(fleet: Fleet, options: Options, say: Say = _silent) -> None:
+    """Return when every copy is ready; raise KsmtoolError if one dies or time runs out."""
     deadline = time.monotonic() + options.timeout
     samples: list[tuple[int, int]] = []
     while True:
