@@ -17,6 +17,7 @@ from typing import Any
 import distro
 
 from ksmtool import install
+from ksmtool.trial import Arm, arms_named
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent
@@ -98,3 +99,51 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Return the median and the quartiles."""
     low, _, high = statistics.quantiles(values, n=4)
     return {"median": statistics.median(values), "quartile1": low, "quartile3": high}
+
+
+def trial_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of all benchmarks, and those for arms and ksmd's rate."""
+    result = parser(description)
+    result.prog = f"python3 -m benchmarks.{program}"
+    result.add_argument(
+        "--arms", default="plain,wrap", metavar="ARM,...", help="of ksmtool try (plain,wrap)"
+    )
+    result.add_argument(
+        "--pages-to-scan", type=int, default=5000, metavar="N", help="ksmd's rate (5000)"
+    )
+    result.add_argument(
+        "--sleep-millisecs", type=int, default=20, metavar="MS", help="... every so often (20)"
+    )
+    return result
+
+
+def trial_arms(given: argparse.Namespace) -> list[Arm]:
+    """Return the arms asked for, each peer as one of its own."""
+    peers = [Arm(name, prefix=("env", f"LD_PRELOAD={path}")) for name, path in peers(given).items()]
+    return [*arms_named(given.arms.split(",")), *peers]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table for people and for Markdown; columns of numbers stand to the right."""
+    columns = list(zip(head, *rows))
+    widths = [max(map(len, column)) for column in columns]
+    right = [_is_numeric(column[1:]) for column in columns]
+    rule = ["-" * (width - 1) + (":" if r else "-") for width, r in zip(widths, right)]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.rjust(width) if r else cell.ljust(width)
+            for cell, width, r in zip(line, widths, right)
+        )
+        + " |"
+        for line in (head, rule, *rows)
+    )
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    return all(cell[:1] in ("", *"0123456789-~?") for cell in cells)
+
+
+def say(text: str) -> None:
+    """Tell on standard error what goes on."""
+    print(text, file=sys.stderr, flush=True)

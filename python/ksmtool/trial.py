@@ -402,6 +402,11 @@ def settle(ksm: Ksm, fleet: Fleet, timeout: float, say: Say = _silent) -> tuple[
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         fleet.check()
+        if not ksm.running():
+            raise KsmtoolError(
+                "KSM was turned off while it was measured.",
+                "Another program sets it too: ksmtuned, MOM, virt-handler, or a person.",
+            )
         passes = ksm.number("full_scans") - first
         if passes == seen[-1][0]:
             time.sleep(POLL_SECONDS)
