@@ -119,7 +119,9 @@ def trial_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 def trial_arms(given: argparse.Namespace) -> list[Arm]:
     """Return the arms asked for, each peer as one of its own."""
-    peers = [Arm(name, prefix=("env", f"LD_PRELOAD={path}")) for name, path in peers(given).items()]
+    others = [
+        Arm(name, prefix=("env", f"LD_PRELOAD={path}")) for name, path in peers(given).items()
+    ]
     return [*arms_named(given.arms.split(",")), *others]
 
 
