@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""Every benchmark runs, small, and writes what it measured: so that none rots. No times here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Tree, need
+
+ROOT = Path(__file__).parent.parent
+
+
+def measure(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    file = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{arguments[0]}", *arguments[1:], "--json", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(file.read_text())
+    assert document["schema"] == 1
+    assert document["benchmark"] == arguments[0]
+    assert document["machine"]["kernel"] == os.uname().release
+    results: dict[str, Any] = document["results"]
+    return results
+
+
+@pytest.mark.slow
+def test_exec_with_a_peer(tmp_path: Path, tree: Tree) -> None:
+    arguments = ["--rounds", "400", "--peer", str(tree.madvise_library)]
+    arms = measure(tmp_path, "exec", *arguments)["arms"]
+    assert arms["empty library"]["ratio"]["median"] == 1
+    assert "peer libksm_preload.so" in arms
+    assert arms["libksm_preload_prctl.so"]["added_us"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_malloc(tmp_path: Path) -> None:
+    results = measure(tmp_path, "malloc", "--rounds", "3", "--seconds", "0.01")
+    assert set(results) == {"tight", "random"}
+    assert results["tight"]["no preload"]["median"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.ksm
+def test_fleet(tmp_path: Path) -> None:
+    (trial,) = measure(tmp_path, "fleet", "-n", "2", "--only", "perl")["programs"].values()
+    assert [arm["name"] for arm in trial["arms"]] == ["plain", "wrap"]
+    assert [arm["memory"]["opted_in"] for arm in trial["arms"]] == [0, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.ksm
+def test_apache50(tmp_path: Path) -> None:
+    results = measure(tmp_path, "apache50", "-n", "2", "--seconds", "3")
+    assert results
+
+
+@pytest.mark.slow
+@pytest.mark.ksm
+def test_coverage(tmp_path: Path) -> None:
+    """The figure: 95 % of what the prctl reaches; and the memory of a program that does nothing."""
+    results = measure(tmp_path, "coverage")
+    for program in ("CPython", "PHP", "Perl", "Node", "Redis", "PostgreSQL", "C, 16 threads"):
+        need(program in results, f"{program} is not installed")
+        assert results[program]["madvise"]["of_prctl"] >= 0.95, program
+
+
+def test_a_peer_that_is_not_there_is_status_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.malloc", "--peer", "/no/such.so"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "no such peer library: /no/such.so\n"
