@@ -117,12 +117,12 @@ def trial_parser(program: str, description: str) -> argparse.ArgumentParser:
     return result
 
 
-def trial_arms(given: argparse.Namespace) -> list[Arm]:
-    """Return the arms asked for, each peer as one of its own."""
+def trial_arms(given: argparse.Namespace, command: Sequence[str]) -> list[Arm]:
+    """Return the arms asked for to run `command`, each peer as one of its own."""
     others = [
         Arm(name, prefix=("env", f"LD_PRELOAD={path}")) for name, path in peers(given).items()
     ]
-    return [*arms_named(given.arms.split(",")), *others]
+    return [*arms_named(given.arms.split(","), command), *others]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

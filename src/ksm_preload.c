@@ -254,6 +254,9 @@ static void *defined_in(const struct link_map *map, const char *name)
     return NULL;
 }
 
+/* musl's pointer to the same; the only way there when its loader was started by hand. */
+extern struct r_debug *_dl_debug_addr __attribute__((weak));
+
 /* All that is loaded, in order, as the loader tells debuggers.  By way of the program's headers, since
  * glibc's name for it, _r_debug, is not musl's, and one missing symbol stops a program there. */
 static const struct link_map *loaded(void)
@@ -268,6 +271,8 @@ static const struct link_map *loaded(void)
         else if (header->p_type == PT_DYNAMIC)
             dynamic = header;
     }
+    if (&_dl_debug_addr != NULL && _dl_debug_addr != NULL)
+        return _dl_debug_addr->r_map;
     if (dynamic == NULL)
         return NULL;
     for (const ElfW(Dyn) *entry = (const void *)(base + dynamic->p_vaddr); entry->d_tag != DT_NULL; entry++)

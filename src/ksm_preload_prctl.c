@@ -100,6 +100,8 @@ __attribute__((constructor)) static void opt_in(int argc, char **argv, char **en
         leave_out();
         return;
     default:
+        /* A kernel before 6.4, or one that took over the one prctl and not the other: what is not
+         * known to be unprivileged is not opted in, and what it asks for is not listened to. */
         return;
     }
 

@@ -64,6 +64,11 @@ __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, cons
     exit(status);
 }
 
+static int written(void)
+{
+    return fflush(stdout) == 0 && !ferror(stdout) ? 0 : FAILED;
+}
+
 static int set_flag(unsigned long value)
 {
     return prctl(KSM_PR_SET_MEMORY_MERGE, value, 0UL, 0UL, 0UL);
@@ -95,8 +100,10 @@ static void probe(void)
 
     printf("prctl %s\nmadvise %s\n", has_flag ? "yes" : "no", madvise_works() ? "yes" : "no");
     fflush(stdout);
-    if (has_flag)
+    if (has_flag) {
         execv("/proc/self/exe", argv);
+        execv((const char *)getauxval(AT_EXECFN), argv); /* no /proc */
+    }
     puts("inherit no");
 }
 
@@ -232,16 +239,16 @@ int main(int argc, char **argv)
             break;
         case PROBE:
             probe();
-            return 0;
+            return written();
         case PROBE_EXEC:
             printf("inherit %s\n", get_flag() == 1 ? "yes" : "no");
-            return 0;
+            return written();
         case HELP:
             fputs(usage, stdout);
-            return fflush(stdout) == 0 ? 0 : FAILED;
+            return written();
         case VERSION:
             puts("ksm-wrapper " KSM_VERSION);
-            return 0;
+            return written();
         default:
             if (optopt > 0 && optopt < METHOD) /* one letter, maybe of several */
                 die(USAGE, "no option '-%c'\nhint: try ksm-wrapper --help", optopt);
@@ -249,7 +256,7 @@ int main(int argc, char **argv)
                 argv[optind - 1]);
         }
     }
-    if (optind == argc && !show)
+    if (optind >= argc && !show)
         die(USAGE, "no command given\nhint: try ksm-wrapper --help");
 
     if (settings != NULL && strcmp(settings, "off") == 0)
@@ -286,7 +293,7 @@ int main(int argc, char **argv)
 
         printf("method %s\nLD_PRELOAD %s\n",
                off ? "off" : method == PRCTL ? "prctl" : "madvise", list != NULL ? list : "");
-        return 0;
+        return written();
     }
 
     execvp(argv[optind], argv + optind);

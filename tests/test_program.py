@@ -73,7 +73,15 @@ def test_scripts_are_followed_to_the_program(tmp_path: Path) -> None:
     assert "a script for" in found.describe()
 
 
-@pytest.mark.parametrize("line", ["#!/usr/bin/env sh", "#!/usr/bin/env -S sh -e"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "#!/usr/bin/env sh",
+        "#!/usr/bin/env -S sh -e",
+        "#!/usr/bin/env -S -i sh",
+        "#!/usr/bin/env -S A=1 sh",
+    ],
+)
 def test_env_is_looked_through(tmp_path: Path, line: str) -> None:
     found = program.inspect(str(script(tmp_path / "a", line)), "/usr/bin:/bin")
     assert os.path.basename(found.final.path) == "sh"
@@ -83,6 +91,17 @@ def test_a_script_of_itself_ends(tmp_path: Path) -> None:
     path = tmp_path / "loop"
     script(path, f"#!{path}")
     assert program.inspect(str(path)).final.machine == ""
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    assert program.inspect(str(fifo)).machine == ""
+    assert program.inspect(str(tmp_path)).machine == ""
+
+
+def test_env_without_a_command(tmp_path: Path) -> None:
+    assert program.inspect(str(script(tmp_path / "a", "#!/usr/bin/env -S"))).machine == ""
 
 
 @pytest.mark.parametrize(

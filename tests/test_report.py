@@ -64,7 +64,8 @@ def test_the_sentence() -> None:
         ({"zero_pages": 1000}, "4.1 MB of arm wrap were pages of zeros"),
         ({"saved": -1_000_000, "saved_percent": -0.3}, "1.0 MB (0.3 %) lost"),
         ({"saved": 1_000_000, "saved_percent": 0.3}, "for its records, more than it saved."),
-        ({"saved": 1_000_000, "saved_percent": 0.3}, "its own random addresses"),
+        ({"saved": 2_000_000, "saved_percent": 0.6}, "its own random addresses"),
+        ({"others_opted_in": 3}, "3 other processes of this machine were opted in"),
     ],
 )
 def test_what_has_to_be_said_besides(change: dict[str, object], words: str) -> None:
@@ -84,12 +85,19 @@ def test_other_users_of_ksm_are_mentioned() -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_a_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width)
-    report.print_table(of(PLAIN, WRAP), console)
+    huge = Memory(processes=10_000, pss_anon=98_765_000_000, opted_in=1)
+    big = replace(
+        WRAP, memory=huge, saved=87_654_000_000, unique_pages=9_876_543, volatile_pages=9_876_543,
+        deduplicated_pages=21_400_000, ksmd_cpu_seconds=1234.5,
+    )  # fmt: skip
+    report.print_table(of(PLAIN, WRAP, replace(big, name="group")), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
+    assert "98765.0" in text
+    assert "1234.5" in text
     assert "3 x python3 -c x = 1 wait()" in text
     row = next(line for line in text.splitlines() if line.split()[:1] == ["wrap"])
-    assert row.split() == ["wrap", "3", "100.0", "200.0", "66.7", "48828", "0", "0", "1.25"]
+    assert row.split() == ["wrap", "3", "100.0", "200.0", "66.7", "48828", "0", "0", "1.2"]
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])

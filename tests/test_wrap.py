@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Tree, facts, opted_in, run
+from conftest import Tree, facts, need, opted_in, run
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.program import Program
 from ksmtool.wrap import Kernel, decide
@@ -125,6 +125,42 @@ def test_a_setuid_program_is_left_alone_and_that_is_said(tree: Tree, public: Pat
     assert "yes" not in done.stdout
     quiet = run([tree.ksmtool, "wrap", "-q", program, "/dev/null"])
     assert (quiet.returncode, quiet.stderr) == (0, "")
+
+
+def test_a_setuid_program_is_left_alone_also_below_an_opted_in_shell(
+    tree: Tree, victims: Victims, public: Path
+) -> None:
+    need(os.getuid() == 0, "needs root to make a setuid program")
+    program = public / "setuid-report"
+    program.write_bytes(victims("report").read_bytes())
+    os.chown(program, 65534, 65534)
+    program.chmod(stat.S_ISUID | 0o755)
+    done = run([tree.wrapper, "--no-preload", tree.ksmtool, "wrap", "-q", program])
+    assert facts(done)["merge"] == ["0"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-"])
+def test_closed_descriptors_do_not_matter(tree: Tree, closed: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = f'"$0" wrap --explain sh -c "echo run >{out}" {closed}'
+    done = run(["sh", "-c", script, tree.ksmtool])
+    assert done.returncode == 0
+    assert out.read_text() == "run\n"
+    assert "program:" not in done.stdout
+
+
+def test_the_locale_is_the_callers(tree: Tree) -> None:
+    """Python adds LC_CTYPE where it finds the C locale (PEP 538)."""
+    done = subprocess.run(
+        ["env", "-i", "PATH=/usr/bin:/bin", tree.ksmtool, "wrap", "-q", "env"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "LC_CTYPE" not in done.stdout
+
+
+def test_a_setting_that_means_nothing_is_told_of(tree: Tree) -> None:
+    done = run([tree.ksmtool, "wrap", "true"], env={"KSM_PRELOAD": "0"})
+    assert "KSM_PRELOAD=0 means nothing" in done.stderr
 
 
 def test_options_after_the_command_are_the_commands(tree: Tree) -> None:

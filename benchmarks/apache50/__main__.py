@@ -349,7 +349,7 @@ def main() -> int:
     ksm = Ksm()
     results = []
     try:
-        arms = common.trial_arms(given)
+        arms = common.trial_arms(given, ["apache2"])
         with tempfile.TemporaryDirectory(prefix="apache50.") as folder, ksm.borrowed():
             Path(folder).chmod(0o711)  # Apache's workers are not root
             _turn_on(ksm, options)

@@ -101,7 +101,7 @@ def _trial(program: Program, interpreter: str, given: argparse.Namespace) -> Tri
         )
         command = (interpreter, str(PROGRAMS / program.file), ready)
         common.say(f"{program.name}: {options.copies} copies")
-        return run(command, common.trial_arms(given), options)
+        return run(command, common.trial_arms(given, command), options)
 
 
 def _rows(name: str, trial: Trial) -> list[tuple[str, ...]]:

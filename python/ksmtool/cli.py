@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +19,13 @@ _WRAPPING = {"allow_interspersed_args": False}
 
 def _version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version  # noqa: PLC0415
+        import subprocess  # noqa: PLC0415
 
-        click.echo(f"ksmtool {version('ksm-preload')}")
+        from ksmtool import install  # noqa: PLC0415
+
+        # The wrapper's, so that there is one number, also where no metadata of a wheel is.
+        shown = subprocess.run([install.wrapper(), "--version"], stdout=subprocess.PIPE, check=True)
+        click.echo(f"ksmtool {shown.stdout.decode().split()[-1]}")
         context.exit()
 
 
@@ -121,8 +127,16 @@ def try_(
 
     from ksmtool import report, trial  # noqa: PLC0415
 
-    if plot is not None and Path(plot).suffix not in (".svg", ".png"):
-        raise click.BadParameter("FILE has to end in .svg or .png", param_hint="--plot")
+    if plot is not None:
+        from ksmtool import plot as plotting  # noqa: PLC0415
+
+        if Path(plot).suffix not in (".svg", ".png"):
+            raise click.BadParameter("FILE has to end in .svg or .png", param_hint="--plot")
+        if not os.access(Path(plot).parent, os.W_OK):
+            raise KsmtoolError(f"Cannot write {plot}: its folder is missing or not writable.")
+        plotting.require()
+    if math.isnan(timeout):
+        raise click.BadParameter("nan is no time", param_hint="--timeout")
     if ready_port is not None:
         try:
             trial.ready_ports(ready_port, copies)
@@ -130,7 +144,7 @@ def try_(
             raise click.BadParameter(
                 f"{ready_port} is not PORT or BASE+{{i}}", param_hint="--ready-port"
             ) from error
-    chosen = trial.arms_named(arms.split(","))
+    chosen = trial.arms_named(arms.split(","), command)
     options = trial.Options(
         copies=copies,
         ready_file=ready_file,
@@ -141,14 +155,12 @@ def try_(
     )
     with _progress() as say:
         result = trial.run(command, chosen, options, say)
-    if plot is not None:
-        from ksmtool import plot as plotting  # noqa: PLC0415
-
-        plotting.save(result, Path(plot))
     if as_json:
         click.echo(report.as_json(result))
     else:
         report.print_table(result, Console())
+    if plot is not None:
+        plotting.save(result, Path(plot))
 
 
 @contextmanager
@@ -162,7 +174,7 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda text, done: progress.update(task, description=text, completed=done)
@@ -183,4 +195,11 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("ksmtool: Interrupted.", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
+    except OSError as error:
+        # Most likely the output cannot be written: /dev/full, a closed pipe. What of it is left in
+        # the buffer must not fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if sys.stderr is not None:
+            print(f"ksmtool: {error.strerror or error}.", file=sys.stderr)
+        sys.exit(ExitStatus.FAILED)
     sys.exit(status)

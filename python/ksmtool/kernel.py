@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,20 @@ class Counters:
     def merged(self) -> int:
         """Page frames that are not needed: duplicates of a kept page, and zero pages."""
         return self.pages_sharing + self.zero_pages
+
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""Signals by which people and systems end a program in good order."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold back the ending signals: a second Ctrl-C must not cut the cleaning up short."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 class Ksm:
@@ -187,12 +202,8 @@ class Ksm:
             try:
                 yield found
             finally:
-                # A second Ctrl-C must not cut this short.
-                old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-                try:
+                with undisturbed():
                     self._restore(found)
-                finally:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
     def ksmd_cpu_seconds(self) -> float | None:
         """Return the CPU time ksmd used since boot; None where it cannot be seen (a container)."""
@@ -223,6 +234,7 @@ def _cpu_seconds(entry: Path) -> float | None:
 
 def _lock(descriptor: int) -> None:
     deadline = time.monotonic() + 600
+    told = False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,6 +245,9 @@ def _lock(descriptor: int) -> None:
                     "Another run of ksmtool try (or a test, or a benchmark) has KSM to itself.",
                     "Wait for it to end; `lsof /sys/kernel/mm/ksm/run` names it.",
                 ) from None
+            if not told and sys.stderr is not None:
+                print("ksmtool: waiting for another run that has KSM to itself", file=sys.stderr)
+            told = True
             time.sleep(0.2)
 
 

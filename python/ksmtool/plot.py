@@ -11,24 +11,29 @@ from ksmtool.trial import Trial
 MB = 1e6
 
 
-def save(trial: Trial, path: Path) -> None:
-    """Draw anonymous memory of every arm and write it to `path` (.svg or .png).
-
-    Raises KsmtoolError if matplotlib is missing or the file cannot be written.
-    """
+def require() -> None:
+    """Raise KsmtoolError if matplotlib is missing: to be found out before a trial, not after."""
     try:
         import matplotlib  # noqa: PLC0415
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot  # noqa: PLC0415
     except ImportError as error:
         raise KsmtoolError(
             "--plot needs matplotlib, which is not installed.",
             "pip install 'ksm-preload[plot]', or apt install python3-matplotlib",
         ) from error
 
+
+def save(trial: Trial, path: Path) -> None:
+    """Draw anonymous memory of every arm and write it to `path` (.svg or .png).
+
+    Raises KsmtoolError if matplotlib is missing or the file cannot be written.
+    """
+    require()
+    from matplotlib import pyplot  # noqa: PLC0415
+
     names = [arm.name for arm in trial.arms]
-    sizes = [arm.memory.pss_anon / MB for arm in trial.arms]
+    sizes = [arm.anonymous / MB for arm in trial.arms]
     figure, axes = pyplot.subplots(figsize=(1.8 + 1.4 * len(names), 4.2), layout="constrained")
     bars = axes.bar(names, sizes, width=0.6, color=["#9aa5b1", *["#2f6f9f"] * (len(names) - 1)])
     labels = []
@@ -39,9 +44,9 @@ def save(trial: Trial, path: Path) -> None:
     axes.set_ylim(0, max(sizes) * 1.18)
     axes.set_ylabel("anonymous memory, sum of Pss (MB)")
     axes.spines[["top", "right"]].set_visible(False)
-    command = " ".join(trial.command)
+    command = " ".join(" ".join(trial.command).split()).replace("$", r"\$")
     axes.set_title(
-        f"{trial.copies} copies of {command if len(command) <= 32 else command[:31] + '…'}",
+        f"{trial.copies} copies of {command if len(command) <= 32 else command[:29] + '...'}",
         fontsize=10,
     )
     try:

@@ -89,18 +89,22 @@ def inspect(path: str, search: str | None = None, _depth: int = 0) -> Program:
     """
     privileged = _privileges(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
+            return Program(path)
         with open(path, "rb") as file:
             head = file.read(4096)
             if head.startswith(b"\x7fELF"):
                 return _read_elf(path, head, privileged)
     except (OSError, struct.error, IndexError, ValueError):
         return Program(path, privileged=privileged)
-    words = head[2:].split(b"\n", 1)[0].split() if head.startswith(b"#!") else []
-    if not words or _depth == _MOST_INTERPRETERS:
+    words = [os.fsdecode(word) for word in head[2:].split(b"\n", 1)[0].split()]
+    if not head.startswith(b"#!") or not words or _depth == _MOST_INTERPRETERS:
         return Program(path)
-    name: str | None = os.fsdecode(words[0])
-    if os.path.basename(words[0]) == b"env" and len(words) > 1:
-        name = find(os.fsdecode(words[-1 if words[1] != b"-S" else 2]), search)
+    name: str | None = words[0]
+    if os.path.basename(words[0]) == "env":
+        # What env will run: the first word that is neither an option nor a variable.
+        rest = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+        name = find(rest[0], search) if rest else None
     return Program(path, interpreter=inspect(name, search, _depth + 1) if name else None)
 
 
@@ -138,7 +142,9 @@ def _read_elf(path: str, head: bytes, privileged: str | None) -> Program:
     loads = []
     with open(path, "rb") as file:
         file.seek(offset)
-        table = file.read(size * count)
+        table = file.read(
+            size * count
+        )  # two 16-bit numbers: 4 GB at most, and no more than is there
         for at in range(0, size * count, size):
             if wide:
                 kind, _, start, address, _, length = struct.unpack_from(order + "IIQQQQ", table, at)
@@ -146,9 +152,9 @@ def _read_elf(path: str, head: bytes, privileged: str | None) -> Program:
                 kind, start, address, _, length = struct.unpack_from(order + "IIIII", table, at)
             if kind == _PT_INTERP:
                 file.seek(start)
-                loader = os.fsdecode(file.read(length).rstrip(b"\0"))
+                loader = os.fsdecode(file.read(min(length, 4096)).rstrip(b"\0"))
             elif kind == _PT_DYNAMIC:
-                dynamic = (start, length)
+                dynamic = (start, min(length, 1 << 16) & ~15)
             elif kind == _PT_LOAD:
                 loads.append((address, start, length))
         needed: list[str] = []

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ksmtool.kernel import PAGE_SIZE
 from ksmtool.trial import ArmResult, Trial
@@ -26,16 +27,16 @@ def print_table(trial: Trial, console: Console) -> None:
     """Print one row for each arm, then what it means in plain words."""
     command = " ".join(" ".join(trial.command).split())
     table = Table(
-        title=f"{trial.copies} x {command if len(command) <= 60 else command[:59] + '…'}",
+        title=Text(f"{trial.copies} x {command if len(command) <= 60 else command[:57] + '...'}"),
         caption=f"MB are 10^6 bytes; pages are {PAGE_SIZE} bytes; ksmd: {trial.rate}",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
     )
     table.add_column("arm", no_wrap=True)
     for heading in (
-        "pro-\ncesses",
-        "anonymous\nMB",
+        "pro-\ncess.",
+        "anon.\nMB",
         "saved\nMB",
         "saved\n%",
         "dedup.\npages",
@@ -48,17 +49,17 @@ def print_table(trial: Trial, console: Console) -> None:
         table.add_row(
             arm.name,
             str(arm.memory.processes),
-            _mb(arm.memory.pss_anon),
+            _mb(arm.anonymous),
             "" if arm.saved is None else _mb(arm.saved),
             "" if arm.saved_percent is None else f"{arm.saved_percent:.1f}",
             str(arm.deduplicated_pages),
             str(arm.unique_pages),
             str(arm.volatile_pages),
-            "?" if arm.ksmd_cpu_seconds is None else f"{arm.ksmd_cpu_seconds:.2f}",
+            "?" if arm.ksmd_cpu_seconds is None else f"{arm.ksmd_cpu_seconds:.1f}",
         )
     console.print(table)
     for line in sentences(trial):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def sentences(trial: Trial) -> list[str]:
@@ -85,7 +86,17 @@ def sentences(trial: Trial) -> list[str]:
             said.append(
                 f"Note: {_mb(arm.zero_pages * PAGE_SIZE)} MB of arm {arm.name} were pages of zeros."
             )
-    if any(arm.saved_percent is not None and arm.saved_percent < 10 for arm in trial.arms):
+    for arm in trial.arms:
+        if arm.others_opted_in:
+            said.append(
+                f"Warning: {arm.others_opted_in} other processes of this machine were opted in "
+                f"during arm {arm.name}: what it shares with them is in these numbers, and "
+                "they may stay merged."
+            )
+    if any(
+        arm.saved is not None and arm.saved > MB and (arm.saved_percent or 100) < 10
+        for arm in trial.arms
+    ):
         said.append(
             "Note: little is saved where pages hold pointers: each process has its own random "
             "addresses, so equal data is not equal bytes."
@@ -110,8 +121,8 @@ def _sentence(trial: Trial, arm: ArmResult) -> str:
         return f"{arm.name}: {_mb(saved)} MB saved by the kernel's own account{cpu}."
     verb = "saved" if saved >= 0 else "lost"
     return (
-        f"{arm.name}: {_mb(arm.memory.pss_anon)} MB of anonymous memory instead of "
-        f"{_mb(plain.memory.pss_anon)} MB, {_mb(abs(saved))} MB "
+        f"{arm.name}: {_mb(arm.anonymous)} MB of anonymous memory instead of "
+        f"{_mb(plain.anonymous)} MB, {_mb(abs(saved))} MB "
         f"({abs(arm.saved_percent or 0):.1f} %) {verb}{cpu} {records}."
     )
 

@@ -14,16 +14,17 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
-from ksmtool import install, process
+from ksmtool import install, process, program
 from ksmtool.errors import ExitStatus, KsmtoolError
-from ksmtool.kernel import PAGE_SIZE, Ksm
+from ksmtool.kernel import ENDING, PAGE_SIZE, Ksm, undisturbed
 from ksmtool.process import Memory
+from ksmtool.wrap import plan_for
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
@@ -37,7 +38,6 @@ SETTLED_WINDOW = 3
 SETTLED_CHANGE = 0.01
 
 _PR_SET_CHILD_SUBREAPER = 36
-_PR_SET_MEMORY_MERGE = 67
 
 Say = Callable[[str, float], None]
 """Told what goes on and how much of it is done, 0 to 1."""
@@ -63,14 +63,20 @@ def plain_arm() -> Arm:
     return Arm("plain", env={"KSM_PRELOAD": "off"})
 
 
-def wrap_arm() -> Arm:
-    """Return the arm that `ksmtool wrap` would make."""
-    return Arm("wrap", prefix=(install.wrapper(), "--"), env={"KSM_PRELOAD": ""})
+def wrap_arm(command: Sequence[str]) -> Arm:
+    """Return the arm that starts `command` as `ksmtool wrap` would."""
+    environ = {name: text for name, text in os.environ.items() if name != "KSM_PRELOAD"}
+    _, plan = plan_for(command, environ=environ)
+    prefix = () if plan.alone else (install.wrapper(), *plan.options, "--")
+    return Arm("wrap", prefix=prefix, env={"KSM_PRELOAD": ""})
 
 
-def arms_named(names: Sequence[str]) -> list[Arm]:
+def arms_named(names: Sequence[str], command: Sequence[str]) -> list[Arm]:
     """Return the arms so named, in that order. Raises KsmtoolError for one unknown or twice."""
-    known = {"plain": plain_arm, "wrap": wrap_arm}
+    known: dict[str, Callable[[], Arm]] = {
+        "plain": plain_arm,
+        "wrap": lambda: wrap_arm(command),
+    }
     for name in names:
         if name not in known or names.count(name) > 1:
             raise KsmtoolError(
@@ -118,11 +124,20 @@ class ArmResult:
     passes: int
     settled: bool
     opted_in: bool
+    others_opted_in: int = 0
+    """Opted-in processes that are not of this trial: counters and ksmd's CPU are theirs too."""
     drive_status: int | None = None
     saved: int | None = None
-    """Pss_Anon of the plain arm less that of this one; without a plain arm, profit."""
+    """Anonymous memory of the plain arm less that of this one; without a plain arm, profit."""
     saved_percent: float | None = None
-    """Of the plain arm's Pss_Anon."""
+    """Of the plain arm's anonymous memory."""
+    seconds: float = 0.0
+    """From ready to measured: the same age for all arms, or memory would differ by it."""
+
+    @property
+    def anonymous(self) -> int:
+        """What is compared: anonymous memory, in RAM or swapped out."""
+        return self.memory.pss_anon + self.memory.swap_pss
 
     @property
     def metadata(self) -> int:
@@ -159,8 +174,8 @@ class Fleet:
 
     def __enter__(self) -> Fleet:
         """Start every copy; on a failure those started are ended again."""
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        _prctl(_PR_SET_MEMORY_MERGE, 0)  # plain copies must not inherit it from us
+        process.control(_PR_SET_CHILD_SUBREAPER, 1)
+        process.clear_merge_flag()  # plain copies must not inherit it from us
         self._others = set(process.descendants(os.getpid()))
         try:
             for number in range(1, self.copies + 1):
@@ -202,10 +217,11 @@ class Fleet:
 
     def pids(self) -> list[int]:
         """Return the PIDs of all copies and their descendants that run now."""
-        return process.descendants(os.getpid(), without=self._others)
+        found = process.descendants(os.getpid(), without=self._others)
+        return [pid for pid in found if process.session_of(pid) not in self._others]
 
     def leave_out(self, pid: int) -> None:
-        """Do not count the child `pid` and its descendants."""
+        """Do not count the child `pid`, its descendants, and its session."""
         self._others.add(pid)
 
     def memory(self) -> Memory:
@@ -248,6 +264,10 @@ class Fleet:
 
     def stop(self) -> None:
         """End every process of the fleet by its PID: SIGTERM, and SIGKILL after 10 seconds."""
+        with undisturbed():
+            self._stop()
+
+    def _stop(self) -> None:
         number = signal.SIGTERM
         deadline = time.monotonic() + STOP_SECONDS
         signalled: set[int] = set()
@@ -269,15 +289,15 @@ class Fleet:
     def _reap(self) -> list[int]:
         """Collect what has ended and return what has not."""
         ours = {child.pid: child for child in self._children}
-        for pid in self.pids():
-            if pid in ours:
-                ours[pid].poll()
-            else:
+        for pid in self.pids() if process.PROC.joinpath("self").exists() else []:
+            if pid not in ours:
                 try:
                     os.waitpid(pid, os.WNOHANG)
                 except ChildProcessError:
                     continue
-        return self.pids()
+        # Without /proc the copies themselves are still known.
+        alive = [child.pid for child in self._children if child.poll() is None]
+        return list({*alive, *(self.pids() if process.PROC.joinpath("self").exists() else [])})
 
 
 def run(
@@ -294,22 +314,41 @@ def run(
     in time, for settings that cannot be written, and after Ctrl-C, SIGTERM and SIGHUP.
     """
     ksm = ksm or Ksm()
+    if not process.PROC.joinpath("self").exists():
+        raise KsmtoolError(
+            "Memory is measured through /proc, which is not mounted here.",
+            "mount -t proc proc /proc",
+            ExitStatus.UNSUPPORTED,
+        )
+    _refuse_unrunnable(command[0])
     try:
         with _terminated_as_interrupted(), ksm.borrowed() as found:
             was_on = ksm.running()
             if not was_on:
                 ksm.write("run", found["run"])  # find out now whether that is allowed
-            results = [
-                _run_arm(command, arm, options, _part(say, arm.name, at, len(arms)), ksm, found)
-                for at, arm in enumerate(arms)
-            ]
+            # Plain last: it has nothing to wait for, and is held until as old as the others were.
+            results: dict[str, ArmResult] = {}
+            for at, arm in enumerate(sorted(arms, key=lambda arm: arm.name == "plain")):
+                hold = max((result.seconds for result in results.values()), default=0.0)
+                part = _part(say, arm.name, at, len(arms))
+                results[arm.name] = _run_arm(command, arm, options, hold, part, ksm, found)
             rate = _rate(ksm, options, was_on)
     except KeyboardInterrupt:
         raise KsmtoolError(
             "Interrupted: the copies were ended and every KSM setting is as it was.",
             status=ExitStatus.INTERRUPTED,
         ) from None
-    return Trial(tuple(command), options.copies, _compared(results), rate, was_on)
+    return Trial(
+        tuple(command), options.copies, _compared([results[arm.name] for arm in arms]), rate, was_on
+    )
+
+
+def _refuse_unrunnable(name: str) -> None:
+    path = program.find(name, os.environ.get("PATH"))
+    if path is None:
+        raise KsmtoolError(f"Cannot run {name}: No such file or directory.")
+    if os.path.isdir(path) or not os.access(path, os.X_OK):
+        raise KsmtoolError(f"Cannot run {name}: Permission denied.")
 
 
 def _part(say: Say, name: str, at: int, of: int) -> Say:
@@ -321,11 +360,12 @@ def _run_arm(
     command: Sequence[str],
     arm: Arm,
     options: Options,
+    hold: float,
     say: Say,
     ksm: Ksm,
     found: Mapping[str, str],
 ) -> ArmResult:
-    _refuse_old_ready_files(options)
+    _refuse_ready_already(options)
     _sweep(ksm, options)
     ksm.apply(dict(found))
     before = ksm.counters()
@@ -334,11 +374,17 @@ def _run_arm(
             say(f"starting {options.copies} copies", 0.0)
             wait_ready(fleet, options, say)
             ready = fleet.memory()
+            ready_at = time.monotonic()
             turn_on(ksm, options)
             cpu_before = ksm.ksmd_cpu_seconds()
             passes, settled = settle(
                 ksm, fleet, options.timeout, lambda text, done: say(text, 0.2 + 0.6 * done)
             )
+            while time.monotonic() < ready_at + hold:
+                say("holding plain until as old as the others were", 0.7)
+                fleet.check()
+                time.sleep(POLL_SECONDS)
+            seconds = time.monotonic() - ready_at
             drive_status = None
             if options.drive is not None:
                 say("driving", 0.8)
@@ -346,6 +392,7 @@ def _run_arm(
             fleet.check()
             memory = fleet.memory()
             cpu_after = ksm.ksmd_cpu_seconds()
+            others = process.opted_in_elsewhere(fleet.pids())
             if memory.opted_in and found["run"] != "1":
                 say("counting unique and volatile pages", 0.9)
                 _classify(ksm, options.timeout)
@@ -370,6 +417,8 @@ def _run_arm(
         passes=passes,
         settled=settled,
         opted_in=memory.opted_in > 0,
+        others_opted_in=others,
+        seconds=seconds,
         drive_status=drive_status,
     )
 
@@ -485,7 +534,14 @@ def _ready_files(options: Options) -> list[Path]:
     ]
 
 
-def _refuse_old_ready_files(options: Options) -> None:
+def _refuse_ready_already(options: Options) -> None:
+    if options.ready_port is not None:
+        for port in _ready_ports(options):
+            if _accepts(port):
+                raise KsmtoolError(
+                    f"Port {port} of 127.0.0.1 accepts before the copies start.",
+                    "Stop what listens there, or name another with --ready-port.",
+                )
     for path in _ready_files(options):
         if path.exists():
             raise KsmtoolError(
@@ -496,7 +552,8 @@ def _refuse_old_ready_files(options: Options) -> None:
 
 def _remove_ready_files(options: Options) -> None:
     for path in _ready_files(options):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or not a file
+            path.unlink()
 
 
 def ready_ports(text: str, copies: int) -> list[int]:
@@ -525,16 +582,19 @@ def _accepts(port: int) -> bool:
 
 def _drive(command: str, fleet: Fleet) -> int:
     """Run the drive command to its end; its status is told, not judged."""
-    with subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL) as child:
-        fleet.leave_out(child.pid)
-        try:
-            while child.poll() is None:
-                fleet.check()
-                time.sleep(POLL_SECONDS / 4)
-        except BaseException:
-            child.terminate()
-            raise
-        return child.returncode
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    fleet.leave_out(child.pid)
+    try:
+        while child.poll() is None:
+            fleet.check()
+            time.sleep(POLL_SECONDS / 4)
+    finally:
+        with suppress(ProcessLookupError):  # what it left in the background, too
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    return child.returncode
 
 
 def _sweep(ksm: Ksm, options: Options) -> None:
@@ -555,14 +615,14 @@ def _compared(results: Sequence[ArmResult]) -> tuple[ArmResult, ...]:
     plain = next((result for result in results if result.name == "plain"), None)
     if plain is None:
         return tuple(replace(result, saved=result.profit) for result in results)
-    whole = plain.memory.pss_anon
+    whole = plain.anonymous
     return tuple(
         result
         if result is plain
         else replace(
             result,
-            saved=whole - result.memory.pss_anon,
-            saved_percent=100 * (whole - result.memory.pss_anon) / whole if whole else 0.0,
+            saved=whole - result.anonymous,
+            saved_percent=100 * (whole - result.anonymous) / whole if whole else 0.0,
         )
         for result in results
     )
@@ -576,15 +636,6 @@ def _rate(ksm: Ksm, options: Options, was_on: bool) -> str:
     return f"{ksm.read('pages_to_scan')} pages every {ksm.read('sleep_millisecs')} ms"
 
 
-def _prctl(option: int, value: int) -> None:
-    """Call prctl(2) and ignore failure: an old kernel lacks what was to be switched off."""
-    import ctypes  # noqa: PLC0415
-
-    ctypes.CDLL(None, use_errno=True).prctl(
-        ctypes.c_int(option), *(ctypes.c_ulong(number) for number in (value, 0, 0, 0))
-    )
-
-
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a trial as Ctrl-C does, with everything put back."""
@@ -592,7 +643,12 @@ def _terminated_as_interrupted() -> Iterator[None]:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # What is ignored stays so: under nohup SIGHUP is.
+    old = {
+        number: signal.signal(number, interrupt)
+        for number in ENDING
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:

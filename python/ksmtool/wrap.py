@@ -138,30 +138,21 @@ def run(
 ) -> NoReturn:
     """Replace this process by the command, opted in. Raises KsmtoolError; returns never."""
     ksm = ksm or Ksm()
-    path = program.find(command[0], environ.get("PATH"))
-    target = program.inspect(path, environ.get("PATH")) if path else None
     setting = environ.get("KSM_PRELOAD")
-    off = setting == "off"
-    if method == "auto" and setting == "madvise":
-        method = "madvise"
-    plan = Plan(("--method", method), "")
-    if target is not None:
-        # The usual case needs no probe: ksm-wrapper tries the prctl itself, falls back itself.
-        usual = not (off or target.final.privileged or _obstacle(target.final, "madvise"))
-        if explain or not usual:
-            plan = decide(target, probe(), method, off)
+    target, plan = plan_for(command, method, environ, thorough=explain)
 
     if explain:
         for line in _explanation(target, plan, ksm, environ):
-            print(f"ksmtool: {line}", file=sys.stderr)
+            _tell(line)
     elif plan.warn and not quiet:
-        print(f"ksmtool: {plan.why}", file=sys.stderr)
+        _tell(plan.why)
+    if setting not in (None, "", "off", "madvise") and not quiet:
+        _tell(f"KSM_PRELOAD={setting} means nothing: it is off, madvise, or not set.")
     warning = ksm_warning(ksm)
-    if warning and not quiet and not plan.alone and not off:
-        print(f"ksmtool: {warning}", file=sys.stderr)
+    if warning and not quiet and not plan.alone and setting != "off":
+        _tell(warning)
 
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _undo_pythons_locale()
     # Python ignores these two from its start on, and what is ignored stays so over exec. What they
     # were before cannot be found out; the default is what nearly every parent gives.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -172,7 +163,52 @@ def run(
     os.execv(wrapper, ["ksm-wrapper", *plan.options, "--", *command])
 
 
+def plan_for(
+    command: Sequence[str],
+    method: str = "auto",
+    environ: Mapping[str, str] = os.environ,
+    thorough: bool = True,
+) -> tuple[program.Program | None, Plan]:
+    """Return what the command is (None: not found) and the plan for it.
+
+    If not `thorough`, a plan that ksm-wrapper would find by itself has no reason, and nothing is
+    probed. Raises KsmtoolError with status 4 if a forced method cannot work here.
+    """
+    path = program.find(command[0], environ.get("PATH"))
+    target = program.inspect(path, environ.get("PATH")) if path else None
+    setting = environ.get("KSM_PRELOAD")
+    off = setting == "off"
+    if method == "auto" and setting == "madvise":
+        method = "madvise"
+    if target is None:
+        return None, Plan(("--method", method), "")
+    usual = not (off or target.final.privileged or _obstacle(target.final, "madvise"))
+    if usual and not thorough:
+        return target, Plan(("--method", method), "")
+    return target, decide(target, probe(), method, off)
+
+
+def _tell(text: str) -> None:
+    # Where stderr is closed Python has none, and print would fall back to stdout.
+    if sys.stderr is not None:
+        print(f"ksmtool: {text}", file=sys.stderr, flush=True)
+
+
+def _undo_pythons_locale() -> None:
+    """Take LC_CTYPE out again if Python has put it in (PEP 538)."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            given = file.read()
+    except OSError:
+        return
+    if b"\0LC_CTYPE=" not in b"\0" + given:
+        os.environ.pop("LC_CTYPE", None)
+
+
 def _exec_alone(command: Sequence[str]) -> NoReturn:
+    from ksmtool.process import clear_merge_flag  # noqa: PLC0415 - rare, and costs 5 ms
+
+    clear_merge_flag()
     try:
         os.execvp(command[0], tuple(command))
     except OSError as error:
