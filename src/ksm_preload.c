@@ -48,15 +48,19 @@
 
 static struct {
     bool on;             /* marking; off with the prctl, before the start and after a failure */
-    bool glibc;          /* the next malloc is glibc's, whose chunk headers tell what is where */
+    bool glibc;          /* the next family is glibc's, whose chunk headers tell what is where */
     uintptr_t heap;      /* start of the brk heap */
     uintptr_t heap_end;  /* its end when last seen: all below is marked */
     uintptr_t page_size;
     size_t threshold;    /* KSMP_MERGE_THRESHOLD: mappings below it are left alone */
 } follow;
 
-/* The reservation this thread allocated from last, which is marked; 1 is none. */
-static __thread uintptr_t last_arena __attribute__((tls_model("initial-exec"))) = 1;
+/* No further from a reservation's start is its first chunk, behind a heap_info of 32 to 48 bytes. */
+#define FIRST_CHUNK ((uintptr_t)128)
+
+/* The reservation this thread allocated from last, which is marked. */
+#define NO_ARENA ((uintptr_t)1)
+static __thread uintptr_t last_arena __attribute__((tls_model("initial-exec"))) = NO_ARENA;
 /* One byte for each reservation of the 47-bit address space: nonzero if marked. Bytes, so that threads
  * need no atomic operation; what is never touched takes no memory. */
 #define ARENAS (sizeof(long) == 8 ? (size_t)1 << 21 : (size_t)4096)
@@ -77,10 +81,15 @@ static void mark(uintptr_t start, uintptr_t end)
 
     start &= -follow.page_size;
     end = (end + follow.page_size - 1) & -follow.page_size;
-    /* EINVAL: a kernel without KSM.  ENOMEM: vm.max_map_count is reached, and each further mark could
-     * cost the program a mapping it needs.  Both end it for good; EAGAIN only loses this range. */
+    /*
+     * EINVAL: a kernel without KSM.  ENOMEM: vm.max_map_count is reached, and each further mark could cost the
+     * program a mapping it needs.  Both end it for good.  EAGAIN only loses this range, and so does the other
+     * ENOMEM: a hole, where another thread has unmapped or trimmed meanwhile.  MS_ASYNC does nothing but look for
+     * holes.
+     */
     if (end > start && syscall(SYS_madvise, start, end - start, MADV_MERGEABLE) != 0 &&
-        (errno == EINVAL || errno == ENOMEM))
+        (errno == EINVAL ||
+         (errno == ENOMEM && syscall(SYS_msync, start, end - start, MS_ASYNC) == 0)))
         follow.on = follow.glibc = false;
     errno = saved;
 }
@@ -95,19 +104,31 @@ static void mark(uintptr_t start, uintptr_t end)
  */
 static COLD void follow_break(void)
 {
-    uintptr_t now = current_break(), from = follow.heap_end - follow.page_size;
+    uintptr_t now = current_break(), from = follow.heap_end - follow.page_size, moved;
 
+    if (now == 0) /* glibc has not asked for it yet: what was allocated is no heap */
+        return;
     if (now > follow.heap_end)
         mark(from > follow.heap ? from : follow.heap, now - follow.page_size);
-    follow.heap_end = now;
+    moved = current_break(); /* by another thread: what was trimmed has to be marked again */
+    follow.heap_end = moved < now ? moved : now;
+}
+
+/* The word before an allocation of glibc: its size and, in the low bits, where it came from (malloc/malloc.c,
+ * "struct malloc_chunk"). */
+enum { MMAPPED = 2, OTHER_ARENA = 4 };
+
+static size_t chunk_header(const void *memory)
+{
+    size_t header;
+
+    memcpy(&header, (const char *)memory - sizeof header, sizeof header);
+    return header;
 }
 
 /* Called for an allocation at A that is not known to lie in marked memory. */
 static COLD void follow_allocation(uintptr_t a)
 {
-    /* The word before an allocation of glibc: its size and, in the low bits, where it came from
-     * (malloc/malloc.c, "struct malloc_chunk"). */
-    enum { MMAPPED = 2, OTHER_ARENA = 4 };
     size_t header, length, before;
     uintptr_t arena;
 
@@ -115,7 +136,7 @@ static COLD void follow_allocation(uintptr_t a)
         follow_break();
     if (a == 0)
         return;
-    memcpy(&header, (const char *)a - sizeof header, sizeof header);
+    header = chunk_header((const void *)a);
     memcpy(&before, (const char *)a - 2 * sizeof header, sizeof before);
     length = header & ~(size_t)7;
     if (a - follow.heap < follow.heap_end - follow.heap) {
@@ -137,7 +158,11 @@ static COLD void follow_allocation(uintptr_t a)
         mark(a, a + length); /* the main arena after a failed brk: single mappings */
         return;
     }
-    if (arena / ARENA_SIZE >= ARENAS || !arena_marked[arena / ARENA_SIZE]) {
+    /* One that was given back may return, unmarked, at the same address: with a new arena, which is where a
+     * thread's first allocation comes from, or as a later part of one, when its first chunk is handed
+     * out (in the first part, malloc_state is there). */
+    if (last_arena == NO_ARENA || a - arena < FIRST_CHUNK || arena / ARENA_SIZE >= ARENAS ||
+        !arena_marked[arena / ARENA_SIZE]) {
         /* The whole reservation at once: the flag stays when parts become writable later. */
         mark(arena, arena + ARENA_SIZE);
         if (arena / ARENA_SIZE < ARENAS)
@@ -150,10 +175,10 @@ static inline void *followed(void *memory, bool big)
 {
     uintptr_t a = (uintptr_t)memory;
 
-    /* The brk heap is the lowest that an allocator has, so its end is bound enough; NULL passes too. */
-    if (likely(!big && a < follow.heap_end && (uintptr_t)__curbrk == follow.heap_end))
+    if (likely(!big && a - follow.heap < follow.heap_end - follow.heap &&
+               (uintptr_t)__curbrk == follow.heap_end))
         return memory;
-    if (unlikely((a & -ARENA_SIZE) != last_arena))
+    if (unlikely(big || (a & -ARENA_SIZE) != last_arena))
         follow_allocation(a);
     return memory;
 }
@@ -164,13 +189,13 @@ static inline void *followed(void *memory, bool big)
 #define ALLOCATORS(X)                                                                              \
     X(malloc, (size_t size), (size), size)                                                         \
     X(calloc, (size_t count, size_t each), (count, each), count * each)                            \
-    X(realloc, (void *old, size_t size), (old, size), size)                                        \
     X(reallocarray, (void *old, size_t count, size_t each), (old, count, each), count * each)      \
     X(memalign, (size_t alignment, size_t size), (alignment, size), size)                          \
     X(aligned_alloc, (size_t alignment, size_t size), (alignment, size), size)                     \
     X(valloc, (size_t size), (size), size)                                                         \
     X(pvalloc, (size_t size), (size), size)
 #define OTHERS(X)                                                                                  \
+    X(void *, realloc, (void *old, size_t size), (old, size), errno = ENOMEM; return NULL)         \
     X(int, posix_memalign, (void **memory, size_t alignment, size_t size),                         \
       (memory, alignment, size), return ENOMEM)                                                    \
     X(void *, mmap, (void *hint, size_t length, int prot, int flags, int file, off_t offset),      \
@@ -256,6 +281,7 @@ static void *defined_in(const struct link_map *map, const char *name)
 
 /* musl's pointer to the same; the only way there when its loader was started by hand. */
 extern struct r_debug *_dl_debug_addr __attribute__((weak));
+#pragma weak _r_debug
 
 /* All that is loaded, in order, as the loader tells debuggers.  By way of the program's headers, since
  * glibc's name for it, _r_debug, is not musl's, and one missing symbol stops a program there. */
@@ -278,7 +304,8 @@ static const struct link_map *loaded(void)
     for (const ElfW(Dyn) *entry = (const void *)(base + dynamic->p_vaddr); entry->d_tag != DT_NULL; entry++)
         if (entry->d_tag == DT_DEBUG && entry->d_un.d_ptr != 0)
             return ((const struct r_debug *)entry->d_un.d_ptr)->r_map;
-    return NULL;
+    /* `lld -z rodynamic` leaves that entry out. */
+    return &_r_debug != NULL ? _r_debug.r_map : NULL;
 }
 
 /*
@@ -299,7 +326,7 @@ static COLD void find_next(void)
 #define ALLOCATOR_PLACE(name, params, args, size) PLACE(void *, name, params, args, )
         FUNCTIONS(PLACE)
     };
-    const struct link_map *ours = loaded(), *map;
+    const struct link_map *first = loaded(), *ours = first, *map;
 
     while (ours != NULL && ours->l_ld != _DYNAMIC)
         ours = ours->l_next;
@@ -309,6 +336,9 @@ static COLD void find_next(void)
         void *found = NULL;
 
         for (map = ours->l_next; map != NULL && found == NULL; map = map->l_next)
+            found = defined_in(map, functions[i].name);
+        /* Loaded by dlopen we come last. */
+        for (map = first; map != ours && found == NULL; map = map->l_next)
             found = defined_in(map, functions[i].name);
         if (found != NULL)
             memcpy((char *)&next + functions[i].place, &found, sizeof found);
@@ -349,14 +379,15 @@ static void mark_mapping(const char *line)
     /* Text has no anonymous memory, shared mappings are refused by the kernel. */
     if (perms[3] != 'p' || perms[2] == 'x')
         return;
-    name = strchr(line, '[');
+    name = strpbrk(line, "[/"); /* a path may have a bracket in it */
     if (name != NULL && strcmp(name, "[heap]") == 0) {
-        follow.heap = start;
+        if (start < follow.heap) /* the first of several parts */
+            follow.heap = start;
         end -= follow.page_size; /* see follow_break */
-    } else if (name != NULL && strncmp(name, "[anon", 5) != 0) {
+    } else if (name != NULL && *name == '[' && strncmp(name, "[anon", 5) != 0) {
         return; /* the stack and the kernel's own */
     }
-    if (end - start >= follow.threshold)
+    if (follow.on && end - start >= follow.threshold && end - start < RESERVATION)
         mark(start, end);
 }
 
@@ -406,20 +437,29 @@ static void say(const char *text)
     (void)!syscall(SYS_write, 2, text, strlen(text));
 }
 
+/* Whether all that allocates is glibc's.  Not by the name __libc_malloc: tcmalloc and mimalloc define that
+ * too, and before the first block of a mapping of theirs there is nothing to read. */
+static COLD bool next_is_glibc(void)
+{
+    const struct link_map *libc = loaded();
+
+    while (libc != NULL && defined_in(libc, "gnu_get_libc_version") == NULL)
+        libc = libc->l_next;
+#define IS_LIBC(type, name, params, args, failing) &&(void *)next.name == defined_in(libc, #name)
+#define ALLOCATOR_IS_LIBC(name, params, args, size) IS_LIBC(void *, name, params, args, )
+    return libc != NULL && &__curbrk != NULL ALLOCATORS(ALLOCATOR_IS_LIBC)
+        IS_LIBC(int, posix_memalign, , , ) IS_LIBC(void *, realloc, , , );
+}
+
 static COLD void follow_from_here(void)
 {
-    void *libc = NULL;
-
     follow.page_size = getauxval(AT_PAGESZ);
     follow.threshold = threshold_from(environ);
     /* Where the heap will start; if there is one already, mark_everything finds its start. */
     follow.heap = follow.heap_end = (uintptr_t)syscall(SYS_brk, 0);
     follow.on = true;
     mark_everything();
-    for (const struct link_map *map = loaded(); map != NULL && libc == NULL; map = map->l_next)
-        if (defined_in(map, "__libc_malloc") != NULL)
-            libc = defined_in(map, "malloc");
-    follow.glibc = libc != NULL && libc == (void *)next.malloc && &__curbrk != NULL;
+    follow.glibc = follow.on && next_is_glibc();
 }
 
 __attribute__((constructor)) static void opt_in(void)
@@ -474,6 +514,21 @@ FUNCTIONS(DEFINE_EARLY)
         return followed(next.name args, false);                                                    \
     }
 ALLOCATORS(DEFINE_ALLOCATOR)
+
+EXPORT void *realloc(void *old, size_t size)
+{
+    bool was_mapped;
+    void *memory;
+
+    if (!follow.glibc)
+        return next.realloc(old, size);
+    was_mapped = old != NULL && (chunk_header(old) & MMAPPED);
+    memory = next.realloc(old, size);
+    /* By mremap: it is marked, or the program has taken it out since. */
+    if (was_mapped && memory != NULL && (chunk_header(memory) & MMAPPED))
+        return memory;
+    return followed(memory, size >= BIG);
+}
 
 EXPORT int posix_memalign(void **memory, size_t alignment, size_t size)
 {

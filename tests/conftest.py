@@ -25,6 +25,9 @@ SOURCE = HERE.parent / "src"
 PR_SET_MEMORY_MERGE = 67
 PR_GET_AUXV = 0x41555856
 
+# Our libraries and their methods, as test ids.
+SHIMS = ("libksm_preload_prctl.so", "libksm_preload.so", "libksm_preload.so by madvise")
+
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 # The compilers of the victims, by the word a test asks with.
@@ -36,9 +39,16 @@ COMPILERS = {
     "musl": ("musl-gcc",),
     "musl-static": ("musl-gcc", "-static"),
     "asan": ("gcc", "-fsanitize=address"),
+    "clang-asan": ("clang", "-fsanitize=address"),
+    "ubsan": ("gcc", "-fsanitize=undefined"),
+    "tsan": ("gcc", "-fsanitize=thread"),
+    "now": ("gcc", "-Wl,-z,now"),
+    "c++": ("g++",),
     "i386": ("i686-linux-gnu-gcc",),
     "aarch64": ("aarch64-linux-gnu-gcc",),
 }
+
+VICTIM_OPTIONS = ("-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
 
 
 def need(condition: object, reason: str) -> None:
@@ -125,6 +135,36 @@ def without_us(report: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """How much of a process's anonymous memory carries smaps `mg`, its stack left out."""
+
+    mergeable_kb: int
+    anonymous_kb: int
+    mappings: int
+
+    @property
+    def share(self) -> float:
+        """Return the mergeable share, 0 to 1."""
+        return self.mergeable_kb / max(self.anonymous_kb, 1)
+
+
+def coverage(smaps: str) -> Coverage:
+    """Return what the text of a /proc/PID/smaps says."""
+    mergeable = total = mappings = anonymous = 0
+    stack = False
+    for line in smaps.splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            mappings += 1
+            stack = line.endswith("[stack]")
+        elif line.startswith("Anonymous:"):
+            anonymous = 0 if stack else int(line.split()[1])
+            total += anonymous
+        elif line.startswith("VmFlags:") and "mg" in line.split():
+            mergeable += anonymous
+    return Coverage(mergeable, total, mappings)
+
+
+@dataclass(frozen=True)
 class Tree:
     """An installation of this project."""
 
@@ -143,6 +183,12 @@ class Tree:
             libraries / "libksm_preload.so",
             prefix / "bin" / "ksmtool",
         )
+
+    def shim(self, name: str) -> tuple[Path, dict[str, str]]:
+        """Return the library that one of SHIMS means, and the environment for it."""
+        if name == SHIMS[0]:
+            return self.prctl_library, {}
+        return self.madvise_library, {"KSM_PRELOAD": "madvise" if "madvise" in name else "prctl"}
 
     def copy_to(self, prefix: Path) -> Tree:
         """Copy what is written in C to another prefix and return it; anybody may use the copy."""
@@ -170,12 +216,16 @@ class Victims:
         compiler, *options = COMPILERS[kind]
         program = self._folder / f"{name}-{kind}"
         if not program.exists():
-            self._compile(
-                [compiler, *options, "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"],
-                HERE / "programs" / f"{name}.c",
-                program,
-            )
+            source = HERE / "programs" / (f"{name}.cpp" if kind == "c++" else f"{name}.c")
+            self._compile([compiler, *options, *VICTIM_OPTIONS], source, program)
         return program
+
+    def variant(self, name: str, *options: str) -> Path:
+        """Return the program or library `name` compiled with more options, such as -shared."""
+        file = self._folder / f"{name}{'-'.join(('', *options))}"
+        if not file.exists():
+            self._compile(["gcc", *VICTIM_OPTIONS, *options], HERE / "programs" / f"{name}.c", file)
+        return file
 
     def shim(self, kind: str) -> Path:
         """Return libksm_preload_prctl.so built for another architecture."""

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: MIT
+"""What has to hold on a real kernel, without the prctl or with it. test_vm.py runs this in QEMU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import AS_NOBODY, Tree, Victims, facts, opted_in, run, wait_until, without_us
+from ksmtool import process
+from ksmtool.kernel import PAGE_SIZE, Ksm
+from test_malloc import (  # noqa: F401 - tests and fixtures that run here as they are
+    by_madvise,
+    contracts,
+    test_again_after_it_was_given_back,
+    test_break_of_a_program_without_malloc,
+    test_contracts_of_malloc,
+    test_mappings_below_the_heap,
+    test_threshold_leaves_small_mappings_out,
+    test_which_memory_is_marked,
+)
+from test_shim import (  # noqa: F401
+    PLAIN,
+    Way,
+    holding,
+    preloaded_etc,
+    privileged,
+    test_chain_of_execs_is_opted_in,
+    test_death_by_signal_is_the_same,
+    test_everyday_programs_do_the_same,
+    test_flag_outlives_an_emptied_environment_and_marks_do_not,
+)
+
+METHOD = os.environ["KSM_TEST_METHOD"]
+"""How this kernel opts in by itself: told, not asked, since the asking is tested too."""
+HAS_PRCTL = METHOD == "prctl"
+
+UNSUPPORTED = 4
+
+
+@pytest.fixture(scope="session")
+def reason_against_ksm() -> None:
+    """Every kernel here has KSM: conftest asks for the prctl too."""
+
+
+def ways(tree: Tree) -> dict[str, Way]:
+    """Return every way to opt in, and what it comes to on this kernel."""
+    madvise, prctl = (
+        {"LD_PRELOAD": str(tree.madvise_library)},
+        {"LD_PRELOAD": str(tree.prctl_library)},
+    )
+    forced = ("--method", "madvise")
+    return {
+        "libksm_preload.so": Way(env=madvise, method=METHOD),
+        "libksm_preload.so, madvise": Way(
+            env={**madvise, "KSM_PRELOAD": "madvise"}, method="madvise"
+        ),
+        "libksm_preload_prctl.so": Way(env=prctl, method="prctl" if HAS_PRCTL else "no"),
+        "ksm-wrapper": Way((tree.wrapper,), method=METHOD),
+        "ksm-wrapper, madvise": Way((tree.wrapper, *forced), method="madvise"),
+        "ksmtool wrap": Way((tree.ksmtool, "wrap"), method=METHOD),
+        "ksmtool wrap, madvise": Way((tree.ksmtool, "wrap", *forced), method="madvise"),
+    }
+
+
+# The last is ksmtool's start and the one before it.
+WAYS = list(ways(Tree.below(Path("/usr"))))[:-1]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, tree: Tree) -> Way:
+    return ways(tree)[request.param]
+
+
+@pytest.fixture(params=list(dict.fromkeys((METHOD, "madvise"))))
+def preloaded(request: pytest.FixtureRequest, tree: Tree) -> dict[str, str]:
+    """Return the environment for libksm_preload.so by a method that this kernel has."""
+    return {"LD_PRELOAD": str(tree.madvise_library), "KSM_PRELOAD": request.param}
+
+
+@pytest.fixture
+def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Return what prints a line into the report."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            print(f"\nmeasured on {platform.release()}: {line}")
+
+    return show
+
+
+def test_kernel_is_the_one_that_was_meant() -> None:
+    assert platform.release().startswith(os.environ["KSM_TEST_KERNEL"] + ".")
+
+
+def test_probe(tree: Tree) -> None:
+    answers = ("yes", "yes", "yes") if HAS_PRCTL else ("no", "yes", "no")
+    expected = "prctl {}\nmadvise {}\ninherit {}\n".format(*answers)
+    done = run([tree.wrapper, "--probe"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+
+
+# --- opted in, and nothing else is changed ---
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "no-pie"])
+@pytest.mark.parametrize("where", [[], ["--fork"], ["--thread"]], ids=["", "fork", "thread"])
+def test_program_is_opted_in_and_sees_nothing_else(
+    victims: Victims, way: Way, kind: str, where: list[str]
+) -> None:
+    command = [victims("report", kind), *where]
+    plain, ours = PLAIN.run(command), way.run(command)
+    assert (opted_in(facts(plain)), opted_in(facts(ours))) == ("no", way.method)
+    assert without_us(facts(ours)) == without_us(facts(plain))
+    assert ours.stderr == plain.stderr == ""
+
+
+@pytest.mark.parametrize("how", ["fork", "vfork", "spawn", "system", "daemon"])
+def test_children_are_opted_in(victims: Victims, way: Way, how: str) -> None:
+    ours = facts(way.run([victims("start"), how, victims("report")]))
+    assert opted_in(ours) == way.method
+    kernel_says = "0" if HAS_PRCTL else "-1"
+    assert ours["parent"] == ["1" if way.method == "prctl" else kernel_says]
+
+
+def test_exit_status_is_the_programs(victims: Victims, way: Way) -> None:
+    for status in (0, 1, 4, 255):
+        assert way.run([victims("end"), "exit", status]).returncode == status
+
+
+def test_off_in_the_environment(victims: Victims, way: Way) -> None:
+    off = {"KSM_PRELOAD": "off"}
+    plain, ours = PLAIN.run([victims("report")], off), way.run([victims("report")], off)
+    assert opted_in(facts(ours)) == "no"
+    assert without_us(facts(ours)) == without_us(facts(plain))
+    assert ours.stderr == ""
+
+
+def test_says_one_line_when_asked(victims: Victims, tree: Tree) -> None:
+    verbose = {"KSM_PRELOAD_VERBOSE": "1"}
+    done = run([victims("report")], {"LD_PRELOAD": str(tree.madvise_library), **verbose})
+    assert done.stderr == f"ksm_preload: opted in ({METHOD})\n"
+    # Before Linux 6.4 the other cannot know that the program is not privileged, and is silent.
+    done = run([victims("report")], {"LD_PRELOAD": str(tree.prctl_library), **verbose})
+    assert done.stderr == ("ksm_preload: opted in (prctl)\n" if HAS_PRCTL else "")
+
+
+def test_madvise_can_be_forced(tree: Tree, victims: Victims) -> None:
+    way = ways(tree)["ksmtool wrap, madvise"]
+    plain, ours = (each.run([victims("report")]) for each in (PLAIN, way))
+    assert opted_in(facts(ours)) == "madvise"
+    assert without_us(facts(ours)) == without_us(facts(plain))
+    assert ours.stderr == ""
+
+
+# --- what this kernel cannot do ---
+
+
+@pytest.mark.skipif(HAS_PRCTL, reason="this kernel has the prctl")
+@pytest.mark.parametrize("by", ["ksm-wrapper", "ksmtool wrap"])
+def test_forced_prctl_is_refused(tree: Tree, by: str) -> None:
+    way = ways(tree)[by]
+    done = Way((*way.prefix, "--method", "prctl")).run(["echo", "run"])
+    assert (done.returncode, done.stdout) == (UNSUPPORTED, "")
+    assert "PR_SET_MEMORY_MERGE" in done.stderr
+    assert "--method madvise" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["static", "static-pie"])
+def test_static_program(tree: Tree, victims: Victims, kind: str) -> None:
+    program = victims("report", kind)
+    plain = facts(PLAIN.run([program]))
+    for name in ("ksm-wrapper", "ksmtool wrap"):
+        done = ways(tree)[name].run([program])
+        assert opted_in(facts(done)) == ("prctl" if HAS_PRCTL else "no")
+        assert without_us(facts(done)) == without_us(plain)
+        says = (
+            ""
+            if HAS_PRCTL or name == "ksm-wrapper"
+            else (
+                f"ksmtool: {program} is not opted in: a static program loads no library, and this "
+                "kernel lacks the prctl\n"
+            )
+        )
+        assert done.stderr == says
+
+    done = ways(tree)["ksmtool wrap, madvise"].run([program])
+    assert (done.returncode, done.stdout) == (UNSUPPORTED, "")
+    assert "a static program loads no library" in done.stderr
+
+
+def test_from_ld_so_preload_all_are_opted_in_but_the_privileged(
+    victims: Victims,
+    privileged: Path,  # noqa: F811
+    preloaded_etc: list[str],  # noqa: F811
+    request: pytest.FixtureRequest,
+) -> None:
+    expected = METHOD
+    if "prctl library" in request.node.name and not HAS_PRCTL:
+        expected = "no"
+    for as_user in ((), AS_NOBODY):
+        done = run([*preloaded_etc, *as_user, victims("report")])
+        assert (opted_in(facts(done)), done.stderr) == (expected, "")
+    verbose = ["env", "KSM_PRELOAD_VERBOSE=1"]
+    done = run([*preloaded_etc, *AS_NOBODY, *verbose, privileged])
+    assert opted_in(facts(done)) == "no"
+    assert facts(done)["secure"] == ["1"]
+    assert any("libksm_preload" in file for file in facts(done)["file"])
+    assert done.stderr == ""
+
+
+# --- how much of the memory ---
+
+
+@dataclass
+class Mappings:
+    """The anonymous memory of some processes, which is what KSM can merge. In KiB."""
+
+    anonymous: int = 0
+    """Without the stacks."""
+    marked: int = 0
+    """Of that, what carries `mg`."""
+    count: int = 0
+    """Mappings, and how many of them are the stack of a thread."""
+    stacks: int = 0
+    stacks_marked: int = 0
+    unmarked: str = ""
+
+    def add(self, pid: int) -> None:
+        """Add those of one process."""
+        pointers = _stack_pointers(pid)
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+            if bounds:
+                start, end = (int(bound, 16) for bound in bounds.groups())
+                here, stack = line, any(start <= pointer < end for pointer in pointers)
+                self.count += 1
+                self.stacks += stack
+            elif line.startswith("Anonymous:"):
+                anonymous = int(line.split()[1])
+            elif line.startswith("VmFlags:"):
+                marked = " mg" in line
+                if stack:
+                    self.stacks_marked += marked
+                    continue
+                self.anonymous += anonymous
+                self.marked += anonymous * marked
+                if anonymous and not marked:
+                    self.unmarked += f"{anonymous:8} KiB  {here}\n"
+
+
+def _stack_pointers(pid: int) -> list[int]:
+    """Return those of the threads of a process, once all wait in a system call."""
+    calls: list[list[str]] = []
+
+    def all_wait() -> bool:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        calls[:] = [(task / "syscall").read_text().split() for task in tasks]
+        return all(call != ["running"] for call in calls)
+
+    wait_until(all_wait, 10, "all threads wait")
+    return [int(call[-2], 16) for call in calls]
+
+
+def mappings(pid: int) -> Mappings:
+    """Return those of a process and its descendants."""
+    result = Mappings()
+    for one in [pid, *process.descendants(pid)]:
+        result.add(one)
+    return result
+
+
+PYTHON = """
+import argparse, asyncio, ctypes, decimal, email, http.client, json, sqlite3, ssl, sys, threading
+table = {number: str(number) for number in range(200_000)}
+print("ready", flush=True)
+sys.stdin.read()
+"""
+PERL = '$table{$_} = "value $_" for 1..100_000; $| = 1; print "ready\n"; <STDIN>;'
+PHP = 'for ($i = 0; $i < 200000; $i++) $table[] = "value $i"; echo "ready\n"; fgets(STDIN);'
+REDIS = """
+redis-server --port 0 --unixsocket $0/redis --save '' --dir $0 >$0/log & server=$!
+until redis-cli -s $0/redis ping >$0/pong 2>&1; do sleep 0.1; done
+redis-cli -s $0/redis eval 'for i = 1, 100000 do redis.call("set", i, "value " .. i) end' 0 >$0/pong
+echo ready
+read line
+kill $server
+wait
+"""
+
+
+@pytest.fixture(params=["python3", "perl", "php", "redis", "16 threads"])
+def program(request: pytest.FixtureRequest, victims: Victims, tmp_path: Path) -> Sequence[object]:
+    """Return a command that fills its memory, prints `ready`, and keeps it until stdin ends."""
+    commands: dict[str, Sequence[object]] = {
+        "python3": [sys.executable, "-c", PYTHON],
+        "perl": ["/usr/bin/perl", "-e", PERL],
+        "php": ["/usr/bin/php", "-n", "-r", PHP],
+        "redis": ["/bin/sh", "-c", REDIS, tmp_path],
+        "16 threads": [victims("threads"), 16, 2],
+    }
+    return commands[request.param]
+
+
+def test_anonymous_memory_is_marked(
+    tree: Tree,
+    program: Sequence[object],
+    measured: Callable[[str], None],
+    request: pytest.FixtureRequest,
+) -> None:
+    name = request.node.callspec.id
+    with holding([(PLAIN, program)]) as (pid,):
+        plain = mappings(pid)
+    assert plain.marked == 0
+    for method in dict.fromkeys((METHOD, "madvise")):
+        with holding([(Way((tree.wrapper, "--method", method)), program)]) as (pid,):
+            ours = mappings(pid)
+        measured(
+            f"{name}, {method}: {ours.marked / ours.anonymous:.1%} of {ours.anonymous / 1024:.1f} "
+            f"MiB marked; {ours.count} mappings, plain {plain.count}"
+        )
+        print(ours.unmarked)
+        assert ours.anonymous > 4096
+        assert ours.marked >= 0.95 * ours.anonymous
+        # The kernel's own flag keeps mappings apart that would be one (before Linux 6.17).
+        if method == "madvise":
+            # A stack stays unmarked, and apart from what would join it.
+            assert ours.count <= 1.1 * plain.count + 10 + ours.stacks
+            assert ours.stacks_marked == 0
+
+
+# --- really merged ---
+
+
+@pytest.mark.parametrize("name", ["libksm_preload.so", "ksm-wrapper", "ksm-wrapper, madvise"])
+def test_equal_pages_merge_and_pss_falls(
+    tree: Tree, victims: Victims, name: str, ksm: Ksm, measured: Callable[[str], None]
+) -> None:
+    copies, equal, unique = 4, 1000, 250
+    expected = (copies - 1) * equal
+    command = victims("pages")
+    tags = secrets.randbits(62), secrets.randbits(62)
+    started = [(ways(tree)[name], [command, tags[0], equal, unique])] * copies
+    started += [(PLAIN, [command, tags[1], equal, unique])] * copies
+
+    with holding(started) as pids:
+        ours, plain = pids[:copies], pids[copies:]
+        assert [process.opted_in(pid) for pid in pids] == [True] * copies + [False] * copies
+        before = process.total(ours), process.total(plain)
+        # Nothing left of what ksmd merged before.
+        ksm.write("run", 2)
+        wait_until(lambda: ksm.counters().pages_sharing == 0, 60, "nothing merged")
+        ksm.write("run", 1)
+        wait_until(lambda: ksm.counters().pages_sharing >= expected, 60, "equal pages merged")
+        scans = ksm.counters().full_scans
+        wait_until(lambda: ksm.counters().full_scans >= scans + 2, 60, "two whole scans")
+        after, merged = (process.total(ours), process.total(plain)), ksm.counters()
+
+    saved = (before[0].pss_anon - after[0].pss_anon) / PAGE_SIZE
+    measured(f"{name}: {merged.pages_sharing} pages sharing, Pss_Anon {saved:.0f} pages lower")
+    assert expected <= merged.pages_sharing < expected + copies * unique / 2
+    assert expected <= saved < expected + copies * unique / 2
+    # What is equal in the others but not opted in stays.
+    assert after[1].pss_anon >= before[1].pss_anon >= copies * (equal + unique) * PAGE_SIZE
+
+
+# --- few mappings left ---
+
+
+@contextmanager
+def max_map_count(most: int) -> Iterator[None]:
+    """Lower vm.max_map_count for what is started inside."""
+    setting = Path("/proc/sys/vm/max_map_count")
+    before = setting.read_text()
+    setting.write_text(str(most))
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
+# In blocks of malloc not by the prctl: before Linux 6.17 that keeps them apart by itself.
+@pytest.mark.parametrize(
+    ("name", "pieces", "most"),
+    [
+        ("libksm_preload.so", "pages", 400),
+        ("ksm-wrapper, madvise", "pages", 400),
+        ("ksm-wrapper, madvise", "blocks", 20_000),
+    ],
+)
+def test_program_gets_as_many_mappings_as_without_us(
+    tree: Tree,
+    victims: Victims,
+    name: str,
+    pieces: str,
+    most: int,
+    measured: Callable[[str], None],
+) -> None:
+    """A mark can cost a mapping; where there are none left, the marking ends, not the program."""
+    way = ways(tree)[name]
+    command = [victims("maps"), pieces, most + 5000]
+    with max_map_count(most):
+        plain, ours = facts(PLAIN.run(command)), facts(way.run(command))
+    got = int(ours["got"][0]), int(plain["got"][0])
+    measured(f"{name} under vm.max_map_count={most}: {got[0]} {pieces}, plain {got[1]}")
+    if pieces == "blocks":
+        assert got[1] == most + 5000
+    assert got[0] >= got[1] - 10
+    assert (ours["little"], ours["much"]) == (plain["little"], plain["much"]) == (["1"], ["1"])

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""Virtual machines with Debian's own kernels: a kernel, an initramfs, QEMU's software emulation.
+
+Everything is made of Debian packages of the host's own mirror, without privileges and without
+mounting anything, and kept below .cache/vm. What was made in another way is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import stat
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+import distro
+
+from conftest import need, need_command
+
+CACHE = Path(__file__).parents[2] / ".cache" / "vm"
+
+# What the tests run in there. The rest of the root is Debian's essential packages.
+PACKAGES = ("mount", "perl", "php-cli", "python3-click", "python3-pytest", "redis-server")
+LEFT_OUT = ("doc", "i18n", "info", "locale", "man")
+
+SECONDS = 600
+"""The most that a machine may take; 60 to 150 are usual."""
+
+
+def kernel(suite: str) -> Path:
+    """Return the newest kernel of a Debian suite."""
+
+    def unpack(packed: tarfile.TarFile, output: IO[bytes]) -> None:
+        for member in packed:
+            if member.name.startswith("./boot/vmlinuz-"):
+                output.write(_content(packed, member))
+
+    return _made(
+        f"kernel-{suite}",
+        ("--variant=extract", "--include=linux-image-amd64", suite, "-"),
+        unpack,
+    )
+
+
+def base() -> Path:
+    """Return the archive of a root with the host's release of Debian, for programs built here."""
+
+    def convert(packed: tarfile.TarFile, output: IO[bytes]) -> None:
+        for member in packed:
+            if member.isdir():
+                output.write(_entry(member.name, stat.S_IFDIR | member.mode))
+            elif member.isfile():
+                data = _content(packed, member)
+                output.write(_entry(member.name, stat.S_IFREG | member.mode, data))
+            elif member.issym() or member.islnk():
+                # A hard link's target is named from the root.
+                target = member.linkname if member.issym() else member.linkname.lstrip(".")
+                output.write(_entry(member.name, stat.S_IFLNK | 0o777, os.fsencode(target)))
+            # What is left are devices, which the kernel makes itself.
+
+    left_out = (f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in LEFT_OUT)
+    return _made(
+        "base",
+        ("--variant=essential", f"--include={','.join(PACKAGES)}", *left_out, _codename(), "-"),
+        convert,
+    )
+
+
+def archive(files: Iterable[tuple[str, Path]]) -> bytes:
+    """Return the archive of `files`, each with its name in the machine.
+
+    The kernel unpacks one archive after the other: this goes behind the base.
+    """
+    entries = {}
+    for name, file in files:
+        for parent in reversed(Path(name).parents[:-1]):
+            entries[str(parent)] = _entry(str(parent), stat.S_IFDIR | 0o755)
+        entries[name] = _entry(name, file.stat().st_mode, file.read_bytes())
+    return b"".join([*entries.values(), _entry("TRAILER!!!", 0)])
+
+
+def boot(kernel: Path, initramfs: Path, environment: dict[str, str], report: Path) -> str:
+    """Run /init in a machine, and return what that wrote to the second serial port.
+
+    It ends with a line `status N`, or with what QEMU and the kernel had to say.
+    """
+    words = [f"{name}={value}" for name, value in environment.items()]
+    console = report.with_suffix(".console")
+    for output in (report, console):
+        output.touch()
+    # With two CPUs newer kernels crash in QEMU 7.2.
+    options = "-accel tcg -cpu max -smp 1 -m 2G -nodefaults -no-reboot -display none"
+    append = " ".join(["console=ttyS0 quiet panic=-1 rdinit=/init", *words])
+    command: list[object] = ["timeout", "--foreground", "--kill-after=5", SECONDS]
+    command += [need_command("qemu-system-x86_64"), *options.split()]
+    command += ["-serial", f"file:{console}", "-serial", f"file:{report}"]
+    command += ["-kernel", kernel, "-initrd", initramfs, "-append", append]
+    done = subprocess.run([str(part) for part in command], capture_output=True, check=False)
+    text = report.read_text(errors="replace").replace("\r\n", "\n")
+    if re.search(r"^status \d+\n\Z", text, re.MULTILINE):
+        return text
+    said = os.fsdecode(done.stderr) + console.read_text(errors="replace")
+    return f"{text}\nQEMU ended with status {done.returncode}\n{said}\n"
+
+
+def _made(
+    name: str,
+    arguments: Sequence[str],
+    convert: Callable[[tarfile.TarFile, IO[bytes]], None],
+) -> Path:
+    """Return what `convert` makes of mmdebstrap's output, from the cache if it is there."""
+    recipe = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:12]
+    file = CACHE / f"{name}-{recipe}"
+    if file.exists():
+        return file
+    need(platform.machine() == "x86_64", "the machines are of x86_64")
+    command = [
+        need_command("mmdebstrap"),
+        "--quiet",
+        "--architectures=amd64",
+        *arguments,
+        _mirror(),
+    ]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".part")
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            with (
+                unfinished.open("wb") as output,
+                tarfile.open(fileobj=process.stdout, mode="r|") as packed,
+            ):
+                convert(packed, output)
+        except tarfile.ReadError:
+            pass  # It has failed and says why.
+        process.stdout.read()
+        process.wait()
+        errors.seek(0)
+        reason = os.fsdecode(errors.read())
+    need(process.returncode == 0, f"cannot download {name}: {reason}")
+    for stale in CACHE.glob(f"{name}-*"):
+        if stale != unfinished:
+            stale.unlink()
+    return unfinished.rename(file)
+
+
+def _content(packed: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = packed.extractfile(member)
+    return file.read() if file else b""
+
+
+def _entry(name: str, mode: int, data: bytes = b"") -> bytes:
+    """Return one entry of a cpio archive (Documentation/driver-api/early-userspace)."""
+    path = os.fsencode(name) + b"\0"
+    # inode, mode, uid, gid, links, mtime, size, two devices, length of the path, no checksum
+    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
+    head = b"070701" + b"".join(b"%08X" % field for field in fields) + path
+    return _padded(head) + _padded(data)
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def _codename() -> str:
+    need(distro.id() == "debian", "the machines are made of this Debian's packages")
+    return distro.codename()
+
+
+def _mirror() -> str:
+    """Return where this machine gets its own packages from."""
+    wanted = ["Created-By: Packages", f"Codename: {_codename()}", "Component: main"]
+    command = [need_command("apt-get"), "indextargets", "--format", "$(SITE)", *wanted]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    need(found, "APT has no package list of this release: run apt-get update")
+    return found[0]
