@@ -337,6 +337,10 @@ def assert_opted_in(seen: list[Seen], shim: str, partly: bool = False) -> None:
                 assert found.share >= 0.95 or missing <= 640, one
 
 
+# A subshell of bash under heaptrack 1.4 was seen, once in some hundred runs, to wait for ever in
+# heaptrack_stop when it exited: for heaptrack's own lock, which another thread held at the fork.
+LEFT_OUT = {("bash", "heaptrack")}
+
 CELLS = [
     pytest.param(*cell, id=f"{cell[0]} with {cell[1]} {cell[2]} {cell[3]}")
     for cell in (
@@ -345,6 +349,7 @@ CELLS = [
         for other in OTHERS
         for position in POSITIONS
         for shim in SHIMS
+        if (program, other) not in LEFT_OUT
     )
 ]
 
