@@ -53,6 +53,7 @@ static struct {
     uintptr_t heap_end;  /* its end when last seen: all below is marked */
     uintptr_t page_size;
     size_t threshold;    /* KSMP_MERGE_THRESHOLD: mappings below it are left alone */
+    size_t blocks_left;  /* big blocks that may still become mappings of their own, see mark_block */
 } follow;
 
 /* No further from a reservation's start is its first chunk, behind a heap_info of 32 to 48 bytes. */
@@ -126,6 +127,20 @@ static size_t chunk_header(const void *memory)
     return header;
 }
 
+/*
+ * A block with a mapping of its own has been written to before we see it, and once marked cannot be joined with its
+ * neighbours.  So that this never costs the program a mapping it needs, only a quarter of vm.max_map_count is
+ * spent on it; blocks after that stay unmarked, and joined.
+ */
+static COLD void mark_block(uintptr_t start, uintptr_t end)
+{
+    if (follow.blocks_left == 0)
+        return;
+    follow.blocks_left--; /* two threads may count one: it is no more than a bound */
+    /* All of it: mremap refuses a range of two mappings, and realloc would have to copy. */
+    mark(start, end);
+}
+
 /* Called for an allocation at A that is not known to lie in marked memory. */
 static COLD void follow_allocation(uintptr_t a)
 {
@@ -148,9 +163,8 @@ static COLD void follow_allocation(uintptr_t a)
     if (header & MMAPPED) {
         uintptr_t chunk = a - 2 * sizeof header;
 
-        /* All of it: mremap refuses a range of two mappings, and realloc would have to copy. */
         if (length + before >= follow.threshold)
-            mark(chunk - before, chunk + length);
+            mark_block(chunk - before, chunk + length);
         return;
     }
     arena = a & -ARENA_SIZE;
@@ -432,6 +446,22 @@ static size_t threshold_from(char *const *envp)
     return value;
 }
 
+/* A quarter of vm.max_map_count; of the kernel's default of 65530 where it cannot be read. */
+static size_t block_budget(void)
+{
+    char text[32] = "";
+    size_t value = 0;
+    int file = (int)syscall(SYS_openat, AT_FDCWD, "/proc/sys/vm/max_map_count", O_RDONLY | O_CLOEXEC);
+
+    if (file >= 0) {
+        if (syscall(SYS_read, file, text, sizeof text - 1) > 0)
+            for (const char *c = text; *c >= '0' && *c <= '9'; c++)
+                value = value * 10 + (size_t)(*c - '0');
+        syscall(SYS_close, file);
+    }
+    return (value != 0 ? value : 65530) / 4;
+}
+
 static void say(const char *text)
 {
     (void)!syscall(SYS_write, 2, text, strlen(text));
@@ -455,6 +485,7 @@ static COLD void follow_from_here(void)
 {
     follow.page_size = getauxval(AT_PAGESZ);
     follow.threshold = threshold_from(environ);
+    follow.blocks_left = block_budget();
     /* Where the heap will start; if there is one already, mark_everything finds its start. */
     follow.heap = follow.heap_end = (uintptr_t)syscall(SYS_brk, 0);
     follow.on = true;
