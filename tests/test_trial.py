@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Tree, run, wait_until
+from conftest import Tree, need, run, wait_until
 from ksmtool import trial
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import Ksm
@@ -40,8 +40,6 @@ def settings(ksm_free: Ksm) -> Iterator[Ksm]:
 
 @pytest.fixture
 def ksm_free(reason_against_ksm: str | None) -> Ksm:
-    from conftest import need  # noqa: PLC0415
-
     need(reason_against_ksm is None, reason_against_ksm or "")
     return Ksm()
 
@@ -437,8 +435,7 @@ def test_bad_input(tree: Tree, arguments: list[str], status: int, words: str) ->
 @pytest.mark.ksm
 def test_not_root_is_status_3(tree: Tree, settings: Ksm) -> None:
     """As nobody; the venv may lie where nobody cannot look, so in a child of ours."""
-    if settings.running():
-        pytest.skip("KSM is on: then nothing has to be written")
+    need(not settings.running(), "KSM is on: then nothing has to be written")
     code = (
         "import os, sys, locale, gettext, rich.console, ksmtool.report; from ksmtool import cli; "
         "cli.cli.main(['try', '--help'], standalone_mode=False); "

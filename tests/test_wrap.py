@@ -114,8 +114,7 @@ def test_madvise_asked_for(tree: Tree, victims: Victims) -> None:
 
 
 def test_a_setuid_program_is_left_alone_and_that_is_said(tree: Tree, public: Path) -> None:
-    if os.getuid() != 0:
-        pytest.skip("needs root to make a setuid program")
+    need(os.getuid() == 0, "needs root to make a setuid program")
     program = public / "setuid-cat"
     program.write_bytes(Path("/bin/cat").read_bytes())
     os.chown(program, 65534, 65534)
