@@ -8,8 +8,12 @@
  */
 #define _GNU_SOURCE
 #include "config.h"
+#include "group.h"
+#include "layout.h"
 #include "merge.h"
 #include "preload_list.h"
+#include "seed.h"
+#include "target.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -42,7 +46,12 @@ static const char usage[] =
     "\n"
     "  --method auto|prctl|madvise  how to opt in (auto: prctl where the kernel has it)\n"
     "  --no-preload                 leave LD_PRELOAD alone: the kernel's flag only\n"
-    "  --show                       print the method and LD_PRELOAD, run nothing\n"
+    "  --group NAME                 give CMD the secret memory layout of a group, and its hash\n"
+    "                               seeds: programs that do the same have equal pages then\n"
+    "  --group-required             do not run CMD if that cannot be done\n"
+    "  --no-hash-seed               leave hash seeds alone\n"
+    "  --groups                     print the files of this user's groups, run nothing\n"
+    "  --show                       print the method, LD_PRELOAD and what a group sets, run nothing\n"
     "  --probe                      print what this kernel can, run nothing\n"
     "  --help, --version\n"
     "\n"
@@ -201,12 +210,83 @@ static enum method opt_in(enum method asked)
     return MADVISE;
 }
 
+struct group {
+    const char *name; /* NULL: none */
+    bool required, seeds;
+    struct layout layout;
+};
+
+static void tell_seed(const char *name)
+{
+    printf("seed %s\n", name);
+}
+
+/* Opens the group and sets its seeds; returns the command as it is to be run. */
+static char **join(struct group *group, char **argv, bool show)
+{
+    static char none[] = "";
+    static char *nothing[] = {none, NULL};
+    struct group_secret secret;
+    const char *fault = group_open(group->name, &secret);
+    char **command = argv[0] != NULL ? argv : nothing;
+
+    if (fault != NULL)
+        die(FAILED, "cannot use group %s: %s", group->name, fault);
+    group->layout = layout_of(&secret, (uint64_t)sysconf(_SC_PAGESIZE));
+    if (group->seeds)
+        command = seed_set(&secret, command, show ? tell_seed : NULL);
+    explicit_bzero(&secret, sizeof secret);
+    if (command == NULL)
+        die(FAILED, "cannot set the hash seeds: %s", strerror(errno));
+    return command;
+}
+
+static void ordinary(const struct group *group, const char *command, const char *why)
+{
+    if (group->required)
+        die(UNSUPPORTED, "%s cannot have the layout of group %s: %s", command, group->name, why);
+    fprintf(stderr, "ksm-wrapper: %s runs with an ordinary layout: %s\n", command, why);
+}
+
+/* Becomes the program. */
+__attribute__((noreturn)) static void become(char **argv, const struct group *group)
+{
+    if (group->name != NULL) {
+        const char *why = target_obstacle(argv[0]);
+        int error;
+
+        if (why == NULL)
+            why = layout_begin(&group->layout, argv[0], group->required);
+        if (why != NULL)
+            ordinary(group, argv[0], why);
+        else
+            execvp(argv[0], argv);
+        error = errno;
+        layout_cancel();
+        errno = error;
+        /* Some security modules forbid the exec because it is traced. */
+        if (why == NULL && (errno == EPERM || errno == EACCES))
+            ordinary(group, argv[0], strerror(errno));
+        else if (why == NULL)
+            die(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC, "cannot run %s: %s", argv[0], strerror(errno));
+    }
+    execvp(argv[0], argv);
+    die(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC, "cannot run %s: %s", argv[0], strerror(errno));
+}
+
 int main(int argc, char **argv)
 {
-    enum { METHOD = 256, NO_PRELOAD, SHOW, PROBE, PROBE_EXEC, HELP, VERSION };
+    enum {
+        METHOD = 256, NO_PRELOAD, GROUP, GROUP_REQUIRED, NO_HASH_SEED, GROUPS, SHOW, PROBE, PROBE_EXEC,
+        HELP, VERSION,
+    };
     static const struct option options[] = {
         {"method", required_argument, NULL, METHOD},
         {"no-preload", no_argument, NULL, NO_PRELOAD},
+        {"group", required_argument, NULL, GROUP},
+        {"group-required", no_argument, NULL, GROUP_REQUIRED},
+        {"no-hash-seed", no_argument, NULL, NO_HASH_SEED},
+        {"groups", no_argument, NULL, GROUPS},
         {"show", no_argument, NULL, SHOW},
         {"probe", no_argument, NULL, PROBE},
         {"probe-exec", no_argument, NULL, PROBE_EXEC},
@@ -215,7 +295,9 @@ int main(int argc, char **argv)
         {NULL, 0, NULL, 0},
     };
     enum method method = AUTO;
+    struct group group = {.seeds = true};
     bool preload = true, show = false, off = false;
+    const char *fault;
     const char *settings = getenv("KSM_PRELOAD");
     char path[PATH_MAX];
     int option;
@@ -234,6 +316,23 @@ int main(int argc, char **argv)
         case NO_PRELOAD:
             preload = false;
             break;
+        case GROUP:
+            if (!group_name_is_valid(optarg))
+                die(USAGE, "no group can be called '%s'\nhint: at most 64 letters, digits and . _ @ + -, "
+                           "the first a letter or digit", optarg);
+            group.name = optarg;
+            break;
+        case GROUP_REQUIRED:
+            group.required = true;
+            break;
+        case NO_HASH_SEED:
+            group.seeds = false;
+            break;
+        case GROUPS:
+            fault = group_list(stdout);
+            if (fault != NULL)
+                die(FAILED, "%s", fault);
+            return written();
         case SHOW:
             show = true;
             break;
@@ -266,6 +365,7 @@ int main(int argc, char **argv)
 
     if (off) {
         (void)set_flag(0);
+        group.name = NULL;
     } else {
         bool forced = method == MADVISE;
 
@@ -288,6 +388,9 @@ int main(int argc, char **argv)
             free(list);
         }
     }
+    argv += optind;
+    if (group.name != NULL)
+        argv = join(&group, argv, show);
     if (show) {
         const char *list = getenv("LD_PRELOAD");
 
@@ -296,7 +399,5 @@ int main(int argc, char **argv)
         return written();
     }
 
-    execvp(argv[optind], argv + optind);
-    option = errno == ENOENT ? NOT_FOUND : CANNOT_EXEC;
-    die(option, "cannot run %s: %s", argv[optind], strerror(errno));
+    become(argv, &group);
 }

@@ -1,0 +1,879 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * How it is done, and why so (kernel sources as of 6.18):
+ *
+ *   mappings  mmap_base() puts them RLIMIT_STACK below the top of memory (mm/util.c, arch/x86/mm/mmap.c),
+ *             and with ADDR_NO_RANDOMIZE exactly there: so a soft limit out of the secret chooses the
+ *             place. Both are put back before the program runs.
+ *   program   mremap() of each of its mappings, before anything has looked at an address.
+ *   stack     mremap() too, and the pointers in it: argv, environ, the auxiliary vector.
+ *   heap      PR_SET_MM_MAP, which needs no privilege, with the rest of the kernel's record: /proc,
+ *             gdb and core dumps find everything where it is.
+ *
+ * The system calls are made by the program itself, at the vdso's `syscall` instruction. The helper is
+ * nobody's child but init's, blocks all signals, and if it dies takes the program along
+ * (PTRACE_O_EXITKILL): there is no half-moved process.
+ */
+#define _GNU_SOURCE
+#include "layout.h"
+
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <linux/prctl.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/personality.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+struct layout layout_of(const struct group_secret *secret, uint64_t page)
+{
+    /* As many bits as the kernel draws by itself on x86_64, or more: 28 for mappings and program
+     * (CONFIG_ARCH_MMAP_RND_BITS), 18 for the heap (arch_randomize_brk, since 6.9; 13 before), for the
+     * stack 22 for pages and 9 within two pages (STACK_RND_MASK, arch_align_stack). Not more, since
+     * sanitizers expect things where the kernel usually puts them. */
+    enum { MMAP_BITS = 28, PROGRAM_BITS = 28, HEAP_BITS = 18, STACK_BITS = 22, WITHIN_BITS = 9 };
+    const uint64_t *words = secret->words, one = 1;
+    uint64_t stack_span = page << STACK_BITS;
+    struct layout layout;
+
+    /* The stack may grow by as much as the span of its own places before it meets a mapping. */
+    layout.stack_limit = 2 * stack_span + (words[GROUP_MMAP] % (one << MMAP_BITS)) * page;
+    /* Farther than any program is long: where it goes is free. */
+    layout.program = stack_span + (words[GROUP_PROGRAM] % (one << PROGRAM_BITS)) * page;
+    layout.heap = (1 + words[GROUP_HEAP] % (one << HEAP_BITS)) * page;
+    layout.stack = (1 + words[GROUP_STACK] % ((one << STACK_BITS) - 1)) * page +
+                   (words[GROUP_STACK] >> 48) % (one << WITHIN_BITS) * 16;
+    return layout;
+}
+
+#if defined(__x86_64__) || defined(__aarch64__)
+
+/* --- the program as its tracer sees it --- */
+
+enum { UNSUPPORTED = 4, CANNOT_EXEC = 126 };
+
+/* Where the kernel puts programs without randomization (ELF_ET_DYN_BASE): two thirds up. */
+#if defined(__x86_64__)
+#define PROGRAMS UINT64_C(0x555555554000)
+#else
+#define PROGRAMS UINT64_C(0xaaaaaaaaa000)
+#endif
+
+struct mapping {
+    uint64_t start, end;
+    bool is_stack;
+};
+
+struct tracee {
+    pid_t pid;
+    int memory;                       /* /proc/PID/mem */
+    struct user_regs_struct entry;    /* the registers with which the program will start */
+    uint64_t syscall;                 /* the address of an instruction that makes a system call */
+    const char *step;                 /* what is being done, for a message */
+    bool stopped;                     /* by a SIGSTOP, which cannot be blocked: sent again at the end */
+    uint64_t page;
+    struct prctl_mm_map record;       /* the kernel's */
+    struct mapping program, parts[64], stack; /* where it lies, in which mappings; its stack */
+    size_t part_count;
+    uint64_t alignment;               /* of the program, by its file */
+    bool fixed, loads_interpreter;
+    uint64_t stack_moved;             /* down by so much, for now */
+    char *content; /* of the stack, as the kernel made it: content_size bytes from entry's stack pointer on */
+    size_t content_size;
+    size_t auxv, auxv_size; /* where in content, in words */
+};
+
+#ifdef KSM_FAULTS
+/* For tests only: the step of that number fails. */
+static bool fault(void)
+{
+    static int steps;
+    const char *wanted = getenv("KSM_FAIL_AT");
+
+    errno = EIO;
+    return wanted != NULL && ++steps == atoi(wanted);
+}
+#else
+static bool fault(void)
+{
+    return false;
+}
+#endif
+
+#if defined(__x86_64__)
+static const unsigned char syscall_code[] = {0x0f, 0x05}; /* syscall */
+
+static uint64_t *stack_pointer(struct user_regs_struct *regs)
+{
+    return (uint64_t *)&regs->rsp;
+}
+
+static uint64_t *instruction_pointer(struct user_regs_struct *regs)
+{
+    return (uint64_t *)&regs->rip;
+}
+
+static void set_call(struct user_regs_struct *regs, long number, const uint64_t args[5])
+{
+    regs->rax = (unsigned long)number;
+    regs->rdi = args[0];
+    regs->rsi = args[1];
+    regs->rdx = args[2];
+    regs->r10 = args[3];
+    regs->r8 = args[4];
+    regs->orig_rax = ~0UL; /* not within a call: nothing to restart */
+}
+
+static long call_result(const struct user_regs_struct *regs)
+{
+    return (long)regs->rax;
+}
+#else
+static const unsigned char syscall_code[] = {0x01, 0x00, 0x00, 0xd4}; /* svc #0 */
+
+static uint64_t *stack_pointer(struct user_regs_struct *regs)
+{
+    return (uint64_t *)&regs->sp;
+}
+
+static uint64_t *instruction_pointer(struct user_regs_struct *regs)
+{
+    return (uint64_t *)&regs->pc;
+}
+
+static void set_call(struct user_regs_struct *regs, long number, const uint64_t args[5])
+{
+    regs->regs[8] = (unsigned long)number;
+    for (int i = 0; i < 5; i++)
+        regs->regs[i] = args[i];
+}
+
+static long call_result(const struct user_regs_struct *regs)
+{
+    return (long)regs->regs[0];
+}
+#endif
+
+static bool get_registers(const struct tracee *t, struct user_regs_struct *regs)
+{
+    struct iovec part = {regs, sizeof *regs};
+
+    return ptrace(PTRACE_GETREGSET, t->pid, NT_PRSTATUS, &part) == 0;
+}
+
+static bool set_registers(const struct tracee *t, struct user_regs_struct *regs)
+{
+    struct iovec part = {regs, sizeof *regs};
+
+    return ptrace(PTRACE_SETREGSET, t->pid, NT_PRSTATUS, &part) == 0;
+}
+
+/* Lets the program go on to the next stop of a system call, or if EVENT is not 0, to that event. */
+static bool next_stop(struct tracee *t, int event)
+{
+    for (;;) {
+        int status;
+
+        if (ptrace(PTRACE_SYSCALL, t->pid, 0, 0) != 0 || waitpid(t->pid, &status, __WALL) != t->pid ||
+            !WIFSTOPPED(status)) {
+            errno = ESRCH; /* killed from outside */
+            return false;
+        }
+        if (status >> 8 == (SIGTRAP | 0x80) && event == 0)
+            return true;
+        if (event != 0 && status >> 8 == (SIGTRAP | event << 8))
+            return true;
+        if (status >> 8 == (SIGTRAP | 0x80)) { /* an exec that returns instead */
+            errno = ENOEXEC;
+            return false;
+        }
+        if (WSTOPSIG(status) == SIGSTOP)
+            t->stopped = true;
+    }
+}
+
+/* Has the program make a system call. Returns what that did; -1 and errno on any failure. */
+static int64_t call(struct tracee *t, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e)
+{
+    struct user_regs_struct regs = t->entry;
+    long result;
+
+    if (fault())
+        return -1;
+    set_call(&regs, number, (const uint64_t[]){a, b, c, d, e});
+    *instruction_pointer(&regs) = t->syscall;
+    if (!set_registers(t, &regs) || !next_stop(t, 0) || !next_stop(t, 0) || !get_registers(t, &regs))
+        return -1;
+    result = call_result(&regs);
+    if (result < 0 && result > -4096) {
+        errno = (int)-result;
+        return -1;
+    }
+    return result;
+}
+
+static bool read_memory(const struct tracee *t, uint64_t address, void *data, size_t size)
+{
+    if (fault())
+        return false;
+    if (pread(t->memory, data, size, (off_t)address) == (ssize_t)size)
+        return true;
+    errno = errno != 0 ? errno : EIO;
+    return false;
+}
+
+static bool write_memory(const struct tracee *t, uint64_t address, const void *data, size_t size)
+{
+    if (fault())
+        return false;
+    if (pwrite(t->memory, data, size, (off_t)address) == (ssize_t)size)
+        return true;
+    errno = errno != 0 ? errno : EIO;
+    return false;
+}
+
+static FILE *open_proc(const struct tracee *t, const char *name)
+{
+    char path[64];
+
+    snprintf(path, sizeof path, "/proc/%d/%s", (int)t->pid, name);
+    return fault() ? NULL : fopen(path, "re");
+}
+
+/* --- what the kernel has made of the program --- */
+
+/* Fields 26 to 28 and 45 to 51 (proc_pid_stat(5)), as PR_SET_MM_MAP wants them. */
+static bool read_record(struct tracee *t)
+{
+    FILE *file = open_proc(t, "stat");
+    char text[2048];
+    unsigned long long field[53] = {0};
+    size_t size;
+    char *at;
+
+    if (file == NULL)
+        return false;
+    size = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    text[size] = '\0';
+    at = strrchr(text, ')'); /* the end of field 2, which may hold anything */
+    if (at == NULL)
+        return false;
+    at += 4; /* ") S ": field 3 is the only other one that is no number */
+    for (int i = 4; i < 53; i++)
+        field[i] = strtoull(at, &at, 10);
+    t->record = (struct prctl_mm_map){
+        .start_code = field[26],
+        .end_code = field[27],
+        .start_stack = field[28],
+        .start_data = field[45],
+        .end_data = field[46],
+        .start_brk = field[47],
+        .brk = field[47],
+        .arg_start = field[48],
+        .arg_end = field[49],
+        .env_start = field[50],
+        .env_end = field[51],
+        .exe_fd = UINT32_MAX,
+    };
+    errno = EPERM; /* zeros are what others see */
+    return field[26] != 0 && field[28] != 0 && field[47] != 0;
+}
+
+/* Finds the auxiliary vector in the stack's content, behind argv and environ. */
+static bool find_auxv(struct tracee *t)
+{
+    const uint64_t *words = (const uint64_t *)(const void *)t->content;
+    size_t count = t->content_size / sizeof *words, at = 1;
+
+    if (count == 0 || words[0] > count)
+        return false;
+    at += words[0] + 1; /* argv and its NULL */
+    while (at < count && words[at] != 0)
+        at++;
+    t->auxv = ++at;
+    while (at < count && words[at] != AT_NULL)
+        at += 2;
+    t->auxv_size = at + 2 - t->auxv;
+    return at + 2 <= count;
+}
+
+static uint64_t *aux(const struct tracee *t, uint64_t type)
+{
+    uint64_t *words = (uint64_t *)(void *)t->content;
+
+    for (size_t at = t->auxv; at + 1 < t->auxv + t->auxv_size; at += 2)
+        if (words[at] == type)
+            return &words[at + 1];
+    return NULL;
+}
+
+static uint64_t aux_value(const struct tracee *t, uint64_t type)
+{
+    const uint64_t *value = aux(t, type);
+
+    return value != NULL ? *value : 0;
+}
+
+static bool read_stack(struct tracee *t)
+{
+    uint64_t from = *stack_pointer(&t->entry);
+
+    t->content_size = t->stack.end - from;
+    t->content = malloc(t->content_size);
+    if (t->content == NULL || !read_memory(t, from, t->content, t->content_size))
+        return false;
+    errno = ENOEXEC;
+    return find_auxv(t);
+}
+
+/* The program's file says where it begins and ends; AT_ENTRY tells the difference to where it lies. */
+static bool read_program(struct tracee *t)
+{
+    FILE *file = open_proc(t, "exe");
+    uint64_t low = UINT64_MAX, high = 0, bias;
+    Elf64_Ehdr elf;
+
+    if (file == NULL)
+        return false;
+    if (fread(&elf, sizeof elf, 1, file) != 1 || memcmp(elf.e_ident, ELFMAG, SELFMAG) != 0 ||
+        elf.e_phentsize != sizeof(Elf64_Phdr) || fseek(file, (long)elf.e_phoff, SEEK_SET) != 0)
+        elf.e_phnum = 0;
+    bias = aux_value(t, AT_ENTRY) - elf.e_entry;
+    t->fixed = elf.e_type == ET_EXEC;
+    for (unsigned i = 0; i < elf.e_phnum; i++) {
+        Elf64_Phdr part;
+
+        if (fread(&part, sizeof part, 1, file) != 1) {
+            high = 0;
+            break;
+        }
+        if (part.p_type == PT_INTERP)
+            t->loads_interpreter = true;
+        if (part.p_type != PT_LOAD)
+            continue;
+        if (part.p_vaddr + bias < low)
+            low = part.p_vaddr + bias;
+        if (part.p_vaddr + part.p_memsz + bias > high)
+            high = part.p_vaddr + part.p_memsz + bias;
+        if (part.p_align > t->alignment)
+            t->alignment = part.p_align;
+    }
+    fclose(file);
+    t->program.start = low & ~(t->page - 1);
+    t->program.end = (high + t->page - 1) & ~(t->page - 1);
+    errno = ENOEXEC;
+    return high > low;
+}
+
+/* Fills stack, and parts with the mappings between LOW and HIGH, and finds the vdso's system call. */
+static bool read_mappings(struct tracee *t, uint64_t low, uint64_t high)
+{
+    FILE *file = open_proc(t, "maps");
+    char line[PATH_MAX + 128];
+
+    if (file == NULL)
+        return false;
+    t->part_count = 0;
+    while (fgets(line, sizeof line, file) != NULL) {
+        struct mapping found = {0, 0, strstr(line, "[stack]") != NULL};
+
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64, &found.start, &found.end) != 2)
+            continue;
+        if (found.is_stack) {
+            t->stack = found;
+        } else if (found.start >= low && found.end <= high) {
+            if (t->part_count == sizeof t->parts / sizeof *t->parts) {
+                fclose(file);
+                errno = E2BIG;
+                return false;
+            }
+            t->parts[t->part_count++] = found;
+        }
+    }
+    fclose(file);
+    errno = ENOEXEC;
+    return t->stack.end != 0;
+}
+
+static bool find_syscall(struct tracee *t)
+{
+    FILE *file = open_proc(t, "auxv");
+    uint64_t entry[2], vdso = 0;
+    char code[16384];
+    const char *found;
+    size_t size = 0;
+
+    if (file == NULL)
+        return false;
+    while (vdso == 0 && fread(entry, sizeof entry, 1, file) == 1)
+        vdso = entry[0] == AT_SYSINFO_EHDR ? entry[1] : 0;
+    fclose(file);
+    errno = ENOSYS;
+    if (vdso == 0)
+        return false;
+    while (size < sizeof code && pread(t->memory, code + size, 4096, (off_t)(vdso + size)) == 4096)
+        size += 4096;
+    found = memmem(code, size, syscall_code, sizeof syscall_code);
+    if (found == NULL || fault())
+        return false;
+    t->syscall = vdso + (uint64_t)(found - code);
+    return true;
+}
+
+/* --- moving it --- */
+
+/* Adds OFFSET to the pointer at that word of the stack's content. */
+static void shift(uint64_t *word, uint64_t offset)
+{
+    if (word != NULL && *word != 0)
+        *word += offset;
+}
+
+/* Returns the stack's content with all addresses as they will be. */
+static char *moved_content(const struct tracee *t, uint64_t stack, uint64_t program)
+{
+    static const uint64_t in_stack[] = {AT_RANDOM, AT_EXECFN, AT_PLATFORM, AT_BASE_PLATFORM};
+    static const uint64_t in_program[] = {AT_PHDR, AT_ENTRY};
+    struct tracee copy = *t;
+    uint64_t *words;
+
+    copy.content = malloc(t->content_size);
+    if (copy.content == NULL)
+        return NULL;
+    memcpy(copy.content, t->content, t->content_size);
+    words = (uint64_t *)(void *)copy.content;
+    for (size_t at = 1; at < t->auxv; at++)
+        shift(&words[at], stack);
+    for (size_t i = 0; i < sizeof in_stack / sizeof *in_stack; i++)
+        shift(aux(&copy, in_stack[i]), stack);
+    for (size_t i = 0; i < sizeof in_program / sizeof *in_program; i++)
+        shift(aux(&copy, in_program[i]), program);
+    return copy.content;
+}
+
+/* Has the kernel note the new addresses; the structure lies below the stack pointer for that long. */
+static bool set_record(struct tracee *t, uint64_t stack, uint64_t program, uint64_t heap)
+{
+    struct prctl_mm_map record = t->record;
+    uint64_t pointer = *stack_pointer(&t->entry) + stack;
+    uint64_t place = (pointer - 2 * sizeof record) & ~(uint64_t)15;
+    static const struct prctl_mm_map nothing;
+
+    record.start_code += program;
+    record.end_code += program;
+    record.start_data += program;
+    record.end_data += program;
+    record.start_stack += stack;
+    record.arg_start += stack;
+    record.arg_end += stack;
+    record.env_start += stack;
+    record.env_end += stack;
+    record.start_brk = record.brk = heap;
+    record.auxv = (__u64 *)(uintptr_t)(pointer + t->auxv * sizeof(uint64_t));
+    record.auxv_size = (__u32)(t->auxv_size * sizeof(uint64_t));
+    return write_memory(t, place, &record, sizeof record) &&
+           call(t, SYS_prctl, PR_SET_MM, PR_SET_MM_MAP, place, sizeof record, 0) == 0 &&
+           write_memory(t, place, &nothing, sizeof nothing);
+}
+
+/* What exec needs changed, as it was. */
+struct settings {
+    unsigned long personality;
+    struct rlimit stack;
+};
+
+static bool restore_settings(struct tracee *t, const struct settings *old)
+{
+    t->step = "restoring the personality";
+    if (call(t, SYS_personality, old->personality, 0, 0, 0, 0) < 0)
+        return false;
+    t->step = "restoring the stack limit";
+    return !fault() && prlimit(t->pid, RLIMIT_STACK, &old->stack, NULL) == 0;
+}
+
+static bool read_all(struct tracee *t)
+{
+    t->step = "finding a system call in the vdso";
+    if (!find_syscall(t))
+        return false;
+    t->step = "reading the kernel's record";
+    if (!read_record(t))
+        return false;
+    t->step = "reading the mappings";
+    if (!read_mappings(t, 0, 0))
+        return false;
+    t->step = "reading the stack";
+    if (!read_stack(t))
+        return false;
+    t->step = "reading the program's file";
+    if (!read_program(t) || !read_mappings(t, t->program.start, t->program.end))
+        return false;
+    t->step = "checking for privileges";
+    errno = EPERM;
+    return aux_value(t, AT_SECURE) == 0 && !fault();
+}
+
+static bool move_mapping(struct tracee *t, const struct mapping *part, uint64_t offset)
+{
+    uint64_t size = part->end - part->start;
+
+    return call(t, SYS_mremap, part->start, size, size, MREMAP_MAYMOVE | MREMAP_FIXED,
+                part->start + offset) >= 0;
+}
+
+static bool move_program(struct tracee *t, uint64_t offset)
+{
+    t->step = "moving the program";
+    for (size_t i = offset != 0 ? t->part_count : 0; i-- > 0;)
+        if (!move_mapping(t, &t->parts[i], offset))
+            return false;
+    return true;
+}
+
+/* The mapping moves by whole pages; the rest of the offset is its content's within it. */
+static bool move_stack(struct tracee *t, uint64_t distance, uint64_t program)
+{
+    static const char zeros[1 << 16];
+    uint64_t within = distance % t->page, pages = distance - within;
+    char *content = moved_content(t, -distance, program);
+    bool written;
+
+    t->step = "moving the stack";
+    if (content == NULL || !move_mapping(t, &t->stack, -pages)) {
+        free(content);
+        return false;
+    }
+    t->stack_moved = pages;
+    t->step = "writing the stack";
+    written = write_memory(t, *stack_pointer(&t->entry) - distance, content, t->content_size) &&
+              write_memory(t, t->stack.end - distance, zeros, within);
+    free(content);
+    return written;
+}
+
+/* Moves a freshly exec'ed program to the layout; false with errno and step set. */
+static bool move(struct tracee *t, const struct layout *layout, const struct settings *old)
+{
+    struct user_regs_struct regs = t->entry;
+    uint64_t program = layout->program, heap;
+
+    if (!read_all(t))
+        return false;
+    if (t->fixed || !t->loads_interpreter)
+        program = 0; /* not position-independent; or a static PIE, which lies among the mappings */
+    else if (t->alignment > t->page)
+        program &= ~(t->alignment - 1);
+    heap = t->fixed || t->loads_interpreter ? t->program.end + program : PROGRAMS + layout->program;
+    heap += layout->heap;
+
+    if (!move_program(t, program) || !move_stack(t, layout->stack, program))
+        return false;
+    t->step = "correcting the kernel's record";
+    if (!set_record(t, -layout->stack, program, heap) || !restore_settings(t, old))
+        return false;
+    t->step = "setting the registers";
+    *stack_pointer(&regs) -= layout->stack;
+    return !fault() && set_registers(t, &regs);
+}
+
+/* --- when it cannot be moved --- */
+
+/*
+ * Execs the program once more, from inside, with ordinary settings: what was moved is gone then.  The
+ * arguments are the kernel's from the first time, so a script's interpreter is given the script.
+ */
+static bool exec_again(struct tracee *t, const struct settings *old)
+{
+    uint64_t pointer = *stack_pointer(&t->entry), place = pointer - PATH_MAX - 64, argv, argc;
+    struct mapping moved = {t->stack.start - t->stack_moved, t->stack.end - t->stack_moved, true};
+    struct user_regs_struct regs = t->entry;
+    char link[64], path[PATH_MAX + 1] = "";
+
+    snprintf(link, sizeof link, "/proc/%d/exe", (int)t->pid);
+    if ((t->syscall == 0 && !find_syscall(t)) || readlink(link, path, PATH_MAX) <= 0)
+        return false;
+    if (t->stack_moved != 0 && (!move_mapping(t, &moved, t->stack_moved) ||
+                                !write_memory(t, pointer, t->content, t->content_size)))
+        return false;
+    if (!read_memory(t, pointer, &argc, sizeof argc) || !write_memory(t, place, path, strlen(path) + 1) ||
+        !restore_settings(t, old))
+        return false;
+    argv = pointer + sizeof argc;
+    set_call(&regs, SYS_execve,
+             (const uint64_t[]){place, argv, argv + (argc + 1) * sizeof argv, 0, 0});
+    *instruction_pointer(&regs) = t->syscall;
+    return set_registers(t, &regs) && next_stop(t, 0) && next_stop(t, PTRACE_EVENT_EXEC);
+}
+
+/* Ends a program that can neither be moved nor be run as it is. */
+static void end(struct tracee *t, int status)
+{
+    if (t->syscall != 0) {
+        struct user_regs_struct regs = t->entry;
+
+        set_call(&regs, SYS_exit_group, (const uint64_t[]){(uint64_t)status, 0, 0, 0, 0});
+        *instruction_pointer(&regs) = t->syscall;
+        if (set_registers(t, &regs)) {
+            (void)next_stop(t, 0);
+            (void)next_stop(t, 0); /* does not come: it has ended */
+        }
+    }
+    (void)kill(t->pid, SIGKILL);
+}
+
+/* --- the helper --- */
+
+/* Waits for the exec; false if the program ended instead, or asks to be let go (layout_cancel). */
+static bool wait_for_exec(pid_t pid)
+{
+    for (;;) {
+        int status, number = 0, request = PTRACE_CONT;
+
+        if (waitpid(pid, &status, __WALL) != pid || !WIFSTOPPED(status))
+            return false;
+        if (status >> 8 == (SIGTRAP | PTRACE_EVENT_EXEC << 8))
+            return true;
+        if (status >> 16 == PTRACE_EVENT_STOP)
+            request = WSTOPSIG(status) == SIGTRAP ? PTRACE_CONT : PTRACE_LISTEN; /* stays stopped */
+        else if (status >> 16 == 0)
+            number = WSTOPSIG(status);
+        if (number == SIGTRAP) {
+            (void)ptrace(PTRACE_DETACH, pid, 0, 0);
+            return false;
+        }
+        if (ptrace(request, pid, 0, number) != 0)
+            return false;
+    }
+}
+
+static void say(const char *name, const char *what, const char *step, int error)
+{
+    fprintf(stderr, "ksm-wrapper: %s %s: %s failed: %s\n", name, what, step, strerror(error));
+}
+
+/* Watches over one exec of PID, whose settings will be OLD again after it. */
+static void watch(pid_t pid, const struct layout *layout, const struct settings *old, const char *name,
+                  bool required)
+{
+    struct tracee t = {.pid = pid, .memory = -1, .page = (uint64_t)sysconf(_SC_PAGESIZE)};
+    uint64_t blocked = UINT64_MAX, mask = 0;
+    char path[64];
+    bool done, masked;
+
+    if (!wait_for_exec(pid))
+        return;
+    /* A signal now would run its handler, or end the program, in the middle: it has to wait. */
+    masked = ptrace(PTRACE_GETSIGMASK, pid, sizeof mask, &mask) == 0 &&
+             ptrace(PTRACE_SETSIGMASK, pid, sizeof blocked, &blocked) == 0;
+    snprintf(path, sizeof path, "/proc/%d/mem", (int)pid);
+    t.step = "starting to trace";
+    t.memory = open(path, O_RDWR | O_CLOEXEC);
+    done = masked && t.memory >= 0 && next_stop(&t, 0) && get_registers(&t, &t.entry) &&
+           move(&t, layout, old);
+    if (!done) {
+        int error = errno;
+        const char *step = t.step;
+
+        if (!required && exec_again(&t, old)) {
+            say(name, "runs with an ordinary layout", step, error);
+        } else {
+            say(name, "is not run", step, error);
+            end(&t, required ? UNSUPPORTED : CANNOT_EXEC);
+            return;
+        }
+    }
+    (void)ptrace(PTRACE_SETSIGMASK, pid, sizeof mask, &mask);
+    (void)ptrace(PTRACE_DETACH, pid, 0, 0);
+    if (t.stopped)
+        (void)kill(pid, SIGSTOP);
+}
+
+static struct {
+    bool active;
+    struct settings old;
+} begun;
+
+static char reason[256];
+
+/* Changes what exec needs changed; NULL, or the reason with all as it was. */
+static const char *change_settings(const struct layout *layout, struct settings *old)
+{
+    struct rlimit limit;
+    int now = personality(UINT32_MAX);
+    unsigned size = 0;
+
+    if (now < 0)
+        return "personality(2) is forbidden here (a container's seccomp filter?)";
+    old->personality = (unsigned long)now;
+    if (now & ADDR_COMPAT_LAYOUT)
+        return "it is to run with the legacy memory layout (personality ADDR_COMPAT_LAYOUT)";
+    /* What will be needed in the program is tried out before. */
+    if (prctl(PR_SET_MM, PR_SET_MM_MAP_SIZE, &size, 0UL, 0UL) != 0 || size != sizeof(struct prctl_mm_map))
+        return "this kernel has no PR_SET_MM_MAP (CONFIG_CHECKPOINT_RESTORE)";
+    if (personality((unsigned long)now | ADDR_NO_RANDOMIZE) < 0 || personality((unsigned long)now) < 0)
+        return "personality(2) is forbidden here (LockPersonality= of the unit, or a container's seccomp filter)";
+    if (getrlimit(RLIMIT_STACK, &old->stack) != 0)
+        return "the stack limit cannot be read";
+    limit = old->stack;
+    limit.rlim_cur = layout->stack_limit;
+    if (limit.rlim_max < limit.rlim_cur)
+        limit.rlim_max = limit.rlim_cur; /* with CAP_SYS_RESOURCE */
+    if (setrlimit(RLIMIT_STACK, &limit) != 0) {
+        snprintf(reason, sizeof reason, "the hard limit on the stack is %llu bytes (ulimit -Hs): it has to be unlimited",
+                 (unsigned long long)old->stack.rlim_max);
+        return reason;
+    }
+    (void)personality((unsigned long)now | ADDR_NO_RANDOMIZE);
+    return NULL;
+}
+
+static void restore_own_settings(void)
+{
+    (void)personality(begun.old.personality);
+    (void)setrlimit(RLIMIT_STACK, &begun.old.stack);
+}
+
+/* Like fork(), but the child's end sends no SIGCHLD, which might stay pending over the exec. */
+static pid_t fork_quietly(void)
+{
+    return (pid_t)syscall(SYS_clone, 0UL, 0UL, 0UL, 0UL, 0UL);
+}
+
+/* The helper's life. Its parent has told it to speak over the two pipes. */
+__attribute__((noreturn)) static void help(int from, int to, const struct layout *layout, const char *name,
+                                           bool required)
+{
+    pid_t self = getpid(), pid;
+    sigset_t all;
+    int answer = 0;
+
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    /* Nobody should wait for the end of a pipe because of the helper; its own last word goes to stderr. */
+    (void)close(0);
+    (void)close(1);
+    if (write(to, &self, sizeof self) != sizeof self || read(from, &pid, sizeof pid) != sizeof pid)
+        _exit(1);
+    if (fault() || ptrace(PTRACE_SEIZE, pid, 0,
+                          PTRACE_O_TRACEEXEC | PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL) != 0)
+        answer = errno;
+    if (write(to, &answer, sizeof answer) == sizeof answer && answer == 0) {
+        close(from);
+        close(to);
+        watch(pid, layout, &begun.old, name, required);
+    }
+    _exit(0);
+}
+
+const char *layout_begin(const struct layout *layout, const char *name, bool required)
+{
+    int to_helper[2] = {-1, -1}, from_helper[2] = {-1, -1}, answer = EIO, legacy = 0, subreaper = 0;
+    const char *why;
+    pid_t self = getpid(), middle, helper;
+    FILE *file = fopen("/proc/sys/vm/legacy_va_layout", "re");
+
+    if (file != NULL) {
+        if (fscanf(file, "%d", &legacy) != 1)
+            legacy = 0;
+        fclose(file);
+    }
+    if (legacy != 0)
+        return "the kernel is told to use the legacy memory layout (sysctl vm.legacy_va_layout)";
+    if (self == 1)
+        return "it would be PID 1 and get a child that it does not know: start it below an init such as tini";
+    why = change_settings(layout, &begun.old);
+    if (why != NULL)
+        return why;
+
+    /* The helper is to be init's child, or that of the next subreaper above us. */
+    (void)prctl(PR_GET_CHILD_SUBREAPER, &subreaper, 0UL, 0UL, 0UL);
+    if (subreaper != 0)
+        (void)prctl(PR_SET_CHILD_SUBREAPER, 0UL, 0UL, 0UL, 0UL);
+    if (fault() || pipe2(to_helper, O_CLOEXEC) != 0 || pipe2(from_helper, O_CLOEXEC) != 0)
+        goto out;
+    middle = fault() ? -1 : fork_quietly();
+    if (middle == 0) {
+        if (fork_quietly() == 0)
+            help(to_helper[0], from_helper[1], layout, name, required);
+        _exit(0);
+    }
+    if (middle < 0)
+        goto out;
+    close(from_helper[1]);
+    from_helper[1] = -1;
+    (void)waitpid(middle, NULL, __WALL);
+    if (read(from_helper[0], &helper, sizeof helper) == sizeof helper) {
+        /* For Yama's ptrace_scope 1; EINVAL without Yama. */
+        (void)prctl(PR_SET_PTRACER, (unsigned long)helper, 0UL, 0UL, 0UL);
+        if (write(to_helper[1], &self, sizeof self) != sizeof self ||
+            read(from_helper[0], &answer, sizeof answer) != sizeof answer)
+            answer = EIO;
+        errno = answer;
+    }
+out:
+    if (answer != 0)
+        answer = errno != 0 ? errno : EIO;
+    for (int i = 0; i < 2; i++) {
+        if (to_helper[i] >= 0)
+            close(to_helper[i]);
+        if (from_helper[i] >= 0)
+            close(from_helper[i]);
+    }
+    if (subreaper != 0)
+        (void)prctl(PR_SET_CHILD_SUBREAPER, 1UL, 0UL, 0UL, 0UL);
+    begun.active = answer == 0;
+    if (begun.active)
+        return NULL;
+    restore_own_settings();
+    snprintf(reason, sizeof reason, "a helper cannot trace it: %s%s", strerror(answer),
+             answer == EPERM ? " (kernel.yama.ptrace_scope, a seccomp filter, or another tracer)" : "");
+    return reason;
+}
+
+void layout_cancel(void)
+{
+    struct sigaction usual = {.sa_handler = SIG_DFL};
+    sigset_t trap;
+
+    if (!begun.active)
+        return;
+    begun.active = false;
+    sigemptyset(&trap);
+    sigaddset(&trap, SIGTRAP);
+    sigprocmask(SIG_UNBLOCK, &trap, NULL);
+    sigaction(SIGTRAP, &usual, NULL);
+    raise(SIGTRAP); /* the helper takes it for itself, and lets go */
+    restore_own_settings();
+}
+
+#else
+
+const char *layout_begin(const struct layout *layout, const char *name, bool required)
+{
+    (void)layout;
+    (void)name;
+    (void)required;
+    return "groups exist on x86_64 and aarch64 only";
+}
+
+void layout_cancel(void)
+{
+}
+
+#endif

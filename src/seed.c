@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "seed.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/*
+ * Not in the tables because they have no such knob: Ruby (seeds from getrandom, random.c), Lua 5.4 (from the
+ * time and an address, lstate.c), Go (from AT_RANDOM, runtime/alg.go). PHP, Java, Guile and
+ * Tcl hash strings without a seed.
+ */
+static const struct variable {
+    const char *name, *format; /* of one uint32_t, never 0: to Python that means "no seed" */
+    enum group_word word;
+    const char *unless; /* the variable that the user may have set instead */
+} variables[] = {
+    {"PYTHONHASHSEED", "%" PRIu32, GROUP_PYTHON, "PYTHONHASHSEED"}, /* CPython, Python/bootstrap_hash.c */
+    {"PERL_PERTURB_KEYS", "0", GROUP_PERL, "PERL_HASH_SEED"},       /* perlrun(1), since 5.18 */
+    {"PERL_HASH_SEED", "0x%08" PRIx32, GROUP_PERL, "PERL_HASH_SEED"},
+};
+
+static const struct flag {
+    const char *runtime, *name, *format;
+    enum group_word word;
+} flags[] = {
+    /* V8's; neither is allowed in NODE_OPTIONS (src/node_options.cc). */
+    {"node", "--random-seed", "--random-seed=%" PRIu32, GROUP_NODE},
+    {"node", "--hash-seed", "--hash-seed=%" PRIu32, GROUP_NODE},
+    {"nodejs", "--random-seed", "--random-seed=%" PRIu32, GROUP_NODE},
+    {"nodejs", "--hash-seed", "--hash-seed=%" PRIu32, GROUP_NODE},
+};
+
+enum { VARIABLES = sizeof variables / sizeof *variables, FLAGS = sizeof flags / sizeof *flags };
+
+/* V8 takes a positive int. */
+static uint32_t seed_of(const struct group_secret *secret, enum group_word word)
+{
+    return (uint32_t)(secret->words[word] % 0x7fffffff) + 1;
+}
+
+static bool has_flag(char *const *argv, const char *name)
+{
+    size_t length = strlen(name);
+
+    for (; *argv != NULL; argv++)
+        if (strncmp(*argv, name, length) == 0)
+            return true;
+    return false;
+}
+
+/* The format is a column of the tables above. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wformat-nonliteral"
+char **seed_set(const struct group_secret *secret, char **argv, void (*told)(const char *name))
+{
+    const char *slash = strrchr(argv[0], '/'), *runtime = slash != NULL ? slash + 1 : argv[0];
+    size_t words = 0, added = 0;
+    char **longer;
+
+    for (size_t i = 0; i < VARIABLES; i++) {
+        const struct variable *row = &variables[i];
+        char text[32];
+
+        if (getenv(row->unless) != NULL)
+            continue;
+        snprintf(text, sizeof text, row->format, seed_of(secret, row->word));
+        if (setenv(row->name, text, 1) != 0)
+            return NULL;
+        if (told != NULL)
+            told(row->name);
+    }
+
+    while (argv[words] != NULL)
+        words++;
+    longer = calloc(words + FLAGS + 1, sizeof *longer);
+    if (longer == NULL)
+        return NULL;
+    longer[0] = argv[0];
+    for (size_t i = 0; i < FLAGS; i++) {
+        const struct flag *row = &flags[i];
+
+        if (strcmp(row->runtime, runtime) != 0 || has_flag(argv, row->name))
+            continue;
+        if (asprintf(&longer[1 + added], row->format, seed_of(secret, row->word)) < 0)
+            return NULL;
+        if (told != NULL)
+            told(row->name);
+        added++;
+    }
+    memcpy(longer + 1 + added, argv + 1, words * sizeof *longer); /* and the NULL */
+    return longer;
+}
+#pragma GCC diagnostic pop

@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: MIT */
+/* The program that a command comes to: through PATH and the interpreters of scripts. */
+#ifndef KSM_TARGET_H
+#define KSM_TARGET_H
+
+/*
+ * Returns NULL if the program of COMMAND can be given a layout, else why not, in static memory.  A command
+ * that cannot be found or run at all has no obstacle here: exec says that better.
+ */
+const char *target_obstacle(const char *command);
+
+#endif
