@@ -643,21 +643,22 @@ static void end(struct tracee *t, int status)
 static bool wait_for_exec(pid_t pid)
 {
     for (;;) {
-        int status, number = 0, request = PTRACE_CONT;
+        int status, number = 0;
+        bool stays = false;
 
         if (waitpid(pid, &status, __WALL) != pid || !WIFSTOPPED(status))
             return false;
         if (status >> 8 == (SIGTRAP | PTRACE_EVENT_EXEC << 8))
             return true;
         if (status >> 16 == PTRACE_EVENT_STOP)
-            request = WSTOPSIG(status) == SIGTRAP ? PTRACE_CONT : PTRACE_LISTEN; /* stays stopped */
+            stays = WSTOPSIG(status) != SIGTRAP;
         else if (status >> 16 == 0)
             number = WSTOPSIG(status);
         if (number == SIGTRAP) {
             (void)ptrace(PTRACE_DETACH, pid, 0, 0);
             return false;
         }
-        if (ptrace(request, pid, 0, number) != 0)
+        if ((stays ? ptrace(PTRACE_LISTEN, pid, 0, 0) : ptrace(PTRACE_CONT, pid, 0, number)) != 0)
             return false;
     }
 }
