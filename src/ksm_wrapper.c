@@ -8,8 +8,10 @@
  */
 #define _GNU_SOURCE
 #include "config.h"
+#include "follow.h"
 #include "group.h"
 #include "layout.h"
+#include "members.h"
 #include "merge.h"
 #include "preload_list.h"
 #include "seed.h"
@@ -50,6 +52,8 @@ static const char usage[] =
     "                               seeds: programs that do the same have equal pages then\n"
     "  --group-required             do not run CMD if that cannot be done\n"
     "  --no-hash-seed               leave hash seeds alone\n"
+    "  --follow                     also what CMD starts joins the group\n"
+    "  --members                    print the PIDs of the members of the group, run nothing\n"
     "  --groups                     print the files of this user's groups, run nothing\n"
     "  --show                       print the method, LD_PRELOAD and what a group sets, run nothing\n"
     "  --probe                      print what this kernel can, run nothing\n"
@@ -212,7 +216,8 @@ static enum method opt_in(enum method asked)
 
 struct group {
     const char *name; /* NULL: none */
-    bool required, seeds;
+    const char *comm; /* NULL: that of its file */
+    bool required, seeds, follow;
     struct layout layout;
 };
 
@@ -221,24 +226,29 @@ static void tell_seed(const char *name)
     printf("seed %s\n", name);
 }
 
-/* Opens the group and sets its seeds; returns the command as it is to be run. */
-static char **join(struct group *group, char **argv, bool show)
+/* Reads the group's layout and sets its seeds; returns the command as it is to be run. */
+static char **join(struct group *group, char **argv, void (*told)(const char *name))
 {
-    static char none[] = "";
-    static char *nothing[] = {none, NULL};
     struct group_secret secret;
     const char *fault = group_open(group->name, &secret);
-    char **command = argv[0] != NULL ? argv : nothing;
 
     if (fault != NULL)
         die(FAILED, "cannot use group %s: %s", group->name, fault);
     group->layout = layout_of(&secret, (uint64_t)sysconf(_SC_PAGESIZE));
-    if (group->seeds)
-        command = seed_set(&secret, command, show ? tell_seed : NULL);
+    if (group->seeds && argv[0] != NULL) {
+        argv = seed_set(&secret, argv, told);
+        if (argv == NULL)
+            die(FAILED, "cannot set the hash seeds: %s", strerror(errno));
+    }
     explicit_bzero(&secret, sizeof secret);
-    if (command == NULL)
-        die(FAILED, "cannot set the hash seeds: %s", strerror(errno));
-    return command;
+    return argv;
+}
+
+static const char *begin(const struct group *group, const char *command)
+{
+    const char *why = target_obstacle(command);
+
+    return why != NULL ? why : layout_begin(&group->layout, command, group->comm, group->required);
 }
 
 static void ordinary(const struct group *group, const char *command, const char *why)
@@ -252,33 +262,102 @@ static void ordinary(const struct group *group, const char *command, const char 
 __attribute__((noreturn)) static void become(char **argv, const struct group *group)
 {
     if (group->name != NULL) {
-        const char *why = target_obstacle(argv[0]);
-        int error;
+        const char *why = begin(group, argv[0]);
+        int error = 0;
 
-        if (why == NULL)
-            why = layout_begin(&group->layout, argv[0], group->required);
-        if (why != NULL)
+        if (why != NULL) {
             ordinary(group, argv[0], why);
-        else
+        } else {
             execvp(argv[0], argv);
-        error = errno;
-        layout_cancel();
-        errno = error;
-        /* Some security modules forbid the exec because it is traced. */
-        if (why == NULL && (errno == EPERM || errno == EACCES))
-            ordinary(group, argv[0], strerror(errno));
-        else if (why == NULL)
-            die(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC, "cannot run %s: %s", argv[0], strerror(errno));
+            error = errno;
+            layout_cancel();
+            /* Some security modules forbid an exec because it is traced. */
+            if (error == EPERM || error == EACCES)
+                ordinary(group, argv[0], strerror(error));
+        }
     }
     execvp(argv[0], argv);
     die(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC, "cannot run %s: %s", argv[0], strerror(errno));
 }
 
+/* Has libksm_preload_follow.so bring what the command starts into the group. */
+static void set_follow(const struct group *group)
+{
+    char own[PATH_MAX + 16], path[PATH_MAX], *state, *list;
+
+    own_directory(own);
+    strcat(own, "/ksm-wrapper");
+    list = preload_list_with(getenv("LD_PRELOAD"), library_entry("libksm_preload_follow.so", path));
+    if (list == NULL || setenv("LD_PRELOAD", list, 1) != 0 ||
+        asprintf(&state, "%010d:" FOLLOW_NO_COMM ":%c:%s:%s", (int)getpid(), group->seeds ? 's' : '-',
+                 group->name, own) < 0 ||
+        setenv(FOLLOW_VARIABLE, state, 1) != 0)
+        die(FAILED, "cannot set LD_PRELOAD: %s", strerror(errno));
+    free(state);
+    free(list);
+}
+
+/*
+ * Continues what libksm_preload_follow.so began: gives the program behind a descriptor the group's layout.
+ * It ran without us when it was stopped, so it runs on in any case, and nothing is said.
+ */
+__attribute__((noreturn)) static void resume(char *state, char **argv)
+{
+    struct group group = {.follow = true};
+    struct group_secret secret;
+    char link[64], path[PATH_MAX] = "", comm[FOLLOW_COMM_SIZE + 1], name[PATH_MAX], pid[16];
+    struct stat wanted, found;
+    int file = atoi(state + FOLLOW_MARK + 1);
+
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(state + FOLLOW_GROUP, ":"), state + FOLLOW_GROUP);
+    snprintf(comm, sizeof comm, "%.*s", (int)strcspn(state + FOLLOW_COMM, "/"), state + FOLLOW_COMM);
+    snprintf(pid, sizeof pid, "%010d", (int)getpid());
+    memcpy(state + FOLLOW_MARK, pid, FOLLOW_MARK_SIZE);
+    memcpy(state + FOLLOW_COMM, FOLLOW_NO_COMM, FOLLOW_COMM_SIZE);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    if (fcntl(file, F_SETFD, FD_CLOEXEC) != 0 || readlink(link, path, sizeof path - 1) <= 0 ||
+        fstat(file, &wanted) != 0 || stat(path, &found) != 0 || wanted.st_dev != found.st_dev ||
+        wanted.st_ino != found.st_ino)
+        strcpy(path, link); /* replaced or removed since */
+
+    group.comm = comm;
+    if (group_name_is_valid(name) && group_open(name, &secret) == NULL) {
+        char **seeded = state[FOLLOW_SEEDS] == 's' ? seed_set(&secret, argv, NULL) : argv;
+
+        argv = seeded != NULL ? seeded : argv;
+        group.layout = layout_of(&secret, (uint64_t)sysconf(_SC_PAGESIZE));
+        explicit_bzero(&secret, sizeof secret);
+        if (begin(&group, path) == NULL) {
+            execv(path, argv);
+            layout_cancel();
+        }
+    }
+    execv(path, argv);
+    die(CANNOT_EXEC, "cannot run %s: %s", path, strerror(errno));
+}
+
+/* Looks at the group from inside: becomes this program once more, as a member. */
+__attribute__((noreturn)) static void print_members(struct group *group)
+{
+    static char name[] = "ksm-wrapper", rest[] = "--members-here", self[] = "/proc/self/exe";
+    char *argv[] = {name, rest, NULL};
+    const char *why;
+
+    group->seeds = false;
+    join(group, argv, NULL);
+    unsetenv("LD_PRELOAD");
+    why = layout_begin(&group->layout, name, NULL, true);
+    if (why != NULL)
+        die(UNSUPPORTED, "no program can have the layout of group %s: %s", group->name, why);
+    execv(self, argv);
+    die(FAILED, "cannot run %s: %s", self, strerror(errno));
+}
+
 int main(int argc, char **argv)
 {
     enum {
-        METHOD = 256, NO_PRELOAD, GROUP, GROUP_REQUIRED, NO_HASH_SEED, GROUPS, SHOW, PROBE, PROBE_EXEC,
-        HELP, VERSION,
+        METHOD = 256, NO_PRELOAD, GROUP, GROUP_REQUIRED, NO_HASH_SEED, FOLLOW, MEMBERS, MEMBERS_HERE, GROUPS,
+        SHOW, PROBE, PROBE_EXEC, HELP, VERSION,
     };
     static const struct option options[] = {
         {"method", required_argument, NULL, METHOD},
@@ -286,6 +365,9 @@ int main(int argc, char **argv)
         {"group", required_argument, NULL, GROUP},
         {"group-required", no_argument, NULL, GROUP_REQUIRED},
         {"no-hash-seed", no_argument, NULL, NO_HASH_SEED},
+        {"follow", no_argument, NULL, FOLLOW},
+        {"members", no_argument, NULL, MEMBERS},
+        {"members-here", no_argument, NULL, MEMBERS_HERE},
         {"groups", no_argument, NULL, GROUPS},
         {"show", no_argument, NULL, SHOW},
         {"probe", no_argument, NULL, PROBE},
@@ -296,12 +378,15 @@ int main(int argc, char **argv)
     };
     enum method method = AUTO;
     struct group group = {.seeds = true};
-    bool preload = true, show = false, off = false;
+    bool preload = true, show = false, off = false, members = false;
     const char *fault;
+    char *state = getenv(FOLLOW_VARIABLE);
     const char *settings = getenv("KSM_PRELOAD");
     char path[PATH_MAX];
     int option;
 
+    if (state != NULL && state[0] == 'R' && strlen(state) > FOLLOW_GROUP)
+        resume(state, argv);
     opterr = 0;
     while ((option = getopt_long(argc, argv, "+", options, NULL)) != -1) {
         switch (option) {
@@ -328,6 +413,16 @@ int main(int argc, char **argv)
         case NO_HASH_SEED:
             group.seeds = false;
             break;
+        case FOLLOW:
+            group.follow = true;
+            break;
+        case MEMBERS:
+            members = true;
+            break;
+        case MEMBERS_HERE:
+            if (members_print(stdout) != 0)
+                die(FAILED, "cannot read /proc: %s", strerror(errno));
+            return written();
         case GROUPS:
             fault = group_list(stdout);
             if (fault != NULL)
@@ -355,6 +450,12 @@ int main(int argc, char **argv)
                 argv[optind - 1]);
         }
     }
+    if (group.name == NULL && (group.required || group.follow || members || !group.seeds))
+        die(USAGE, "an option that is about a group without --group NAME\nhint: try ksm-wrapper --help");
+    if (group.follow && !preload)
+        die(USAGE, "--follow works through a library, which --no-preload forbids");
+    if (members)
+        print_members(&group);
     if (optind >= argc && !show)
         die(USAGE, "no command given\nhint: try ksm-wrapper --help");
 
@@ -390,7 +491,14 @@ int main(int argc, char **argv)
     }
     argv += optind;
     if (group.name != NULL)
-        argv = join(&group, argv, show);
+        argv = join(&group, argv, show ? tell_seed : NULL);
+    if (group.name != NULL && group.follow)
+        set_follow(&group);
+    if (show && group.name != NULL && argv[0] != NULL) {
+        fault = begin(&group, argv[0]); /* tried out, up to the exec */
+        layout_cancel();
+        printf("group %s%s%s\n", group.name, fault != NULL ? " no " : "", fault != NULL ? fault : "");
+    }
     if (show) {
         const char *list = getenv("LD_PRELOAD");
 

@@ -492,6 +492,18 @@ static bool set_record(struct tracee *t, uint64_t stack, uint64_t program, uint6
            write_memory(t, place, &nothing, sizeof nothing);
 }
 
+static bool set_comm(struct tracee *t, uint64_t stack, const char *comm)
+{
+    static const char nothing[16];
+    char name[16] = "";
+    uint64_t place = (*stack_pointer(&t->entry) + stack - 2 * sizeof name) & ~(uint64_t)15;
+
+    snprintf(name, sizeof name, "%s", comm);
+    return write_memory(t, place, name, sizeof name) &&
+           call(t, SYS_prctl, PR_SET_NAME, place, 0, 0, 0) == 0 &&
+           write_memory(t, place, nothing, sizeof nothing);
+}
+
 /* What exec needs changed, as it was. */
 struct settings {
     unsigned long personality;
@@ -568,7 +580,8 @@ static bool move_stack(struct tracee *t, uint64_t distance, uint64_t program)
 }
 
 /* Moves a freshly exec'ed program to the layout; false with errno and step set. */
-static bool move(struct tracee *t, const struct layout *layout, const struct settings *old)
+static bool move(struct tracee *t, const struct layout *layout, const char *comm,
+                 const struct settings *old)
 {
     struct user_regs_struct regs = t->entry;
     uint64_t program = layout->program, heap;
@@ -585,7 +598,8 @@ static bool move(struct tracee *t, const struct layout *layout, const struct set
     if (!move_program(t, program) || !move_stack(t, layout->stack, program))
         return false;
     t->step = "correcting the kernel's record";
-    if (!set_record(t, -layout->stack, program, heap) || !restore_settings(t, old))
+    if (!set_record(t, -layout->stack, program, heap) || (comm != NULL && !set_comm(t, -layout->stack, comm)) ||
+        !restore_settings(t, old))
         return false;
     t->step = "setting the registers";
     *stack_pointer(&regs) -= layout->stack;
@@ -670,7 +684,7 @@ static void say(const char *name, const char *what, const char *step, int error)
 
 /* Watches over one exec of PID, whose settings will be OLD again after it. */
 static void watch(pid_t pid, const struct layout *layout, const struct settings *old, const char *name,
-                  bool required)
+                  const char *comm, bool required)
 {
     struct tracee t = {.pid = pid, .memory = -1, .page = (uint64_t)sysconf(_SC_PAGESIZE)};
     uint64_t blocked = UINT64_MAX, mask = 0;
@@ -686,7 +700,7 @@ static void watch(pid_t pid, const struct layout *layout, const struct settings 
     t.step = "starting to trace";
     t.memory = open(path, O_RDWR | O_CLOEXEC);
     done = masked && t.memory >= 0 && next_stop(&t, 0) && get_registers(&t, &t.entry) &&
-           move(&t, layout, old);
+           move(&t, layout, comm, old);
     if (!done) {
         int error = errno;
         const char *step = t.step;
@@ -758,7 +772,7 @@ static pid_t fork_quietly(void)
 
 /* The helper's life. Its parent has told it to speak over the two pipes. */
 __attribute__((noreturn)) static void help(int from, int to, const struct layout *layout, const char *name,
-                                           bool required)
+                                           const char *comm, bool required)
 {
     pid_t self = getpid(), pid;
     sigset_t all;
@@ -777,12 +791,12 @@ __attribute__((noreturn)) static void help(int from, int to, const struct layout
     if (write(to, &answer, sizeof answer) == sizeof answer && answer == 0) {
         close(from);
         close(to);
-        watch(pid, layout, &begun.old, name, required);
+        watch(pid, layout, &begun.old, name, comm, required);
     }
     _exit(0);
 }
 
-const char *layout_begin(const struct layout *layout, const char *name, bool required)
+const char *layout_begin(const struct layout *layout, const char *name, const char *comm, bool required)
 {
     int to_helper[2] = {-1, -1}, from_helper[2] = {-1, -1}, answer = EIO, legacy = 0, subreaper = 0;
     const char *why;
@@ -811,7 +825,7 @@ const char *layout_begin(const struct layout *layout, const char *name, bool req
     middle = fault() ? -1 : fork_quietly();
     if (middle == 0) {
         if (fork_quietly() == 0)
-            help(to_helper[0], from_helper[1], layout, name, required);
+            help(to_helper[0], from_helper[1], layout, name, comm, required);
         _exit(0);
     }
     if (middle < 0)
@@ -865,10 +879,11 @@ void layout_cancel(void)
 
 #else
 
-const char *layout_begin(const struct layout *layout, const char *name, bool required)
+const char *layout_begin(const struct layout *layout, const char *name, const char *comm, bool required)
 {
     (void)layout;
     (void)name;
+    (void)comm;
     (void)required;
     return "groups exist on x86_64 and aarch64 only";
 }

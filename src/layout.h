@@ -29,9 +29,10 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page);
  * nothing changed.
  *
  * NAME is what the helper calls the program if it fails during the exec. The program then runs with an
- * ordinary layout, or if REQUIRED ends with status 4.
+ * ordinary layout, or if REQUIRED ends with status 4. COMM is the name to give it in /proc/PID/comm;
+ * NULL: the kernel's, of its file.
  */
-const char *layout_begin(const struct layout *layout, const char *name, bool required);
+const char *layout_begin(const struct layout *layout, const char *name, const char *comm, bool required);
 
 /* Takes layout_begin() back, after an exec that failed: the helper lets go, nothing stays changed. */
 void layout_cancel(void);

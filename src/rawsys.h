@@ -11,7 +11,10 @@
 
 #if defined(__x86_64__) && !defined(__ILP32__)
 
-enum { RAW_write = 1, RAW_prctl = 157 };
+enum {
+    RAW_read = 0, RAW_write = 1, RAW_close = 3, RAW_getpid = 39, RAW_execve = 59, RAW_prctl = 157,
+    RAW_openat = 257,
+};
 
 static inline long raw_syscall5(long nr, long a, long b, long c, long d, long e)
 {
@@ -43,7 +46,10 @@ static inline long raw_syscall5(long nr, long a, long b, long c, long d, long e)
 
 #elif defined(__aarch64__)
 
-enum { RAW_write = 64, RAW_prctl = 167 };
+enum {
+    RAW_openat = 56, RAW_close = 57, RAW_read = 63, RAW_write = 64, RAW_prctl = 167, RAW_getpid = 172,
+    RAW_execve = 221,
+};
 
 static inline long raw_syscall5(long nr, long a, long b, long c, long d, long e)
 {

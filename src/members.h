@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: MIT */
+/* The processes that have the layout of this process: forks of it, and other members of its group. */
+#ifndef KSM_MEMBERS_H
+#define KSM_MEMBERS_H
+
+#include <stdio.h>
+
+/*
+ * Prints the PID of each other process whose mappings end where this one's do, one to a line; of two
+ * ordinary processes one pair in 2^28 does. Processes that may not be looked at are left out.  Returns 0, or
+ * -1 and errno.
+ */
+int members_print(FILE *output);
+
+#endif
