@@ -172,6 +172,7 @@ class Tree:
     prctl_library: Path
     madvise_library: Path
     ksmtool: Path
+    follow_library: Path
 
     @staticmethod
     def below(prefix: Path) -> Tree:
@@ -182,6 +183,7 @@ class Tree:
             libraries / "libksm_preload_prctl.so",
             libraries / "libksm_preload.so",
             prefix / "bin" / "ksmtool",
+            libraries / "libksm_preload_follow.so",
         )
 
     def shim(self, name: str) -> tuple[Path, dict[str, str]]:
@@ -197,6 +199,7 @@ class Tree:
             (self.wrapper, copy.wrapper),
             (self.prctl_library, copy.prctl_library),
             (self.madvise_library, copy.madvise_library),
+            (self.follow_library, copy.follow_library),
         ):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
@@ -275,7 +278,7 @@ def tree() -> Tree:
     """Return the project as installed beside the Python that runs the tests."""
     # Not resolved: in a venv that would be the Python it was made from.
     found = Tree.below(Path(sys.executable).parent.parent)
-    for path in (found.wrapper, found.prctl_library, found.madvise_library, found.ksmtool):
+    for path in vars(found).values():
         assert path.exists(), f"{path} is missing: run `pip install .` in this environment"
     return found
 
