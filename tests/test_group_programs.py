@@ -94,21 +94,40 @@ def assert_is_member(program: str, maps: str, group: Group) -> None:
 class Group:
     """A group of its own for the tests of this file."""
 
-    def __init__(self, wrapper: Path, user: Sequence[str], env: dict[str, str]) -> None:
-        """Be the group of the user that the command `user` changes to."""
-        self.prefix = [*user, wrapper, "--group", f"tests-{os.getpid()}", "--group-required"]
+    count = 0
+
+    def __init__(
+        self, wrapper: Path, user: Sequence[str], env: dict[str, str], secret: bytes = b""
+    ) -> None:
+        """Be a group of the user that the command `user` changes to; a secret of that byte, if any."""
+        Group.count += 1
+        self.name = f"tests-{os.getpid()}-{Group.count}"
+        self.prefix = [*user, wrapper, "--group", self.name, "--group-required"]
         self.env = env
+        try:
+            self.look()
+            if secret:  # the file is there now
+                self._file().write_bytes(secret * self._file().stat().st_size)
+                self.look()
+        except BaseException:
+            self.forget()
+            raise
+
+    def look(self) -> None:
+        """Find out the addresses."""
         show = ("cat", "/proc/self/maps")
-        self.addresses = Addresses.of("/cat", run([*self.prefix, *show], env).stdout)
+        self.addresses = Addresses.of("/cat", run([*self.prefix, *show], self.env).stdout)
         plain = Addresses.of("/cat", run(show).stdout)
         for name in ("program", "loader", "vdso", "stack"):
             assert getattr(self.addresses, name) not in (0, getattr(plain, name))
 
+    def _file(self) -> Path:
+        listed = run([*self.prefix[:-3], "--groups"], self.env).stdout.splitlines()
+        return next(Path(line) for line in listed if Path(line).name == self.name)
+
     def forget(self) -> None:
         """Remove its file."""
-        for line in run([*self.prefix[:-3], "--groups"], self.env).stdout.splitlines():
-            if Path(line).name == f"tests-{os.getpid()}":
-                Path(line).unlink()
+        self._file().unlink()
 
 
 @pytest.fixture(scope="module")
@@ -714,7 +733,7 @@ TASKS = {
         "project/CMakeLists.txt",
     ),
     "tar -x": Task(in_folder("tar", "-xvf", "@inputs/few.tar.xz"), "few"),
-    "xz": Task(in_folder("xz", "-T2", "-9e", "-c", "@inputs/lines"), "7zXZ"),
+    "xz": Task(in_folder("xz", "-T2", "-3", "-c", "@inputs/lines"), "7zXZ"),
     "zstd": Task(in_folder("zstd", "-T2", "-9", "-q", "@inputs/lines", "-o", "lines.zst"), ""),
     "openssl": Task(
         in_folder(
@@ -858,26 +877,64 @@ def perform(
     return Outcome(done.returncode, same(done.stdout), same(done.stderr), files, then)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_program_does_the_same_in_a_group(
-    group: Group, name: str, inputs: Path, tmp_path: Path, victims: Victims
-) -> None:
-    task = TASKS[name]
-    place = Place(inputs, tmp_path / "out", victims)
+def assert_same(group: Group, task: Task, place: Place, maps: Path) -> None:
     plain = perform(task, place)
     assert plain.status == task.status, plain
     assert plain.stdout or plain.files or plain.then
     assert task.expect in "".join((plain.stdout, plain.stderr, *map(str, plain.then or ())))
 
-    maps = tmp_path / "maps"
     if not task.preload:
-        member = perform(task, place, [*group.prefix, "--no-preload"])
-        assert member == plain
+        assert perform(task, place, [*group.prefix, "--no-preload"]) == plain
         return
-    member = perform(task, place, group.prefix, maps)
-    assert member == plain
+    assert perform(task, place, group.prefix, maps) == plain
     program, _, text = maps.read_text().partition("\n")
     assert_is_member(program, text, group)
+
+
+# Building the standard library of Go takes some seconds.
+SLOW = {"go as PIE", "go as static PIE"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TASKS]
+)
+def test_a_program_does_the_same_in_a_group(
+    group: Group, name: str, inputs: Path, tmp_path: Path, victims: Victims
+) -> None:
+    place = Place(inputs, tmp_path / "out", victims)
+    assert_same(group, TASKS[name], place, tmp_path / "maps")
+
+
+@pytest.fixture(scope="module", params=["lowest", "highest"])
+def extreme(tree: Tree, request: pytest.FixtureRequest) -> Iterator[Group]:
+    """Return a group with everything as low as it can be, or almost as high."""
+    found = Group(tree.wrapper, (), {}, b"\0" if request.param == "lowest" else b"\xff")
+    yield found
+    found.forget()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_a_program_does_the_same_at_the_ends_of_the_ranges(
+    extreme: Group, name: str, inputs: Path, tmp_path: Path, victims: Victims
+) -> None:
+    place = Place(inputs, tmp_path / "out", victims)
+    assert_same(extreme, TASKS[name], place, tmp_path / "maps")
+
+
+MANY = """if True:
+    import hashlib, os, sys
+    print(len(sys.argv), hashlib.sha256(" ".join(sys.argv).encode()).hexdigest())
+    print(len(os.environ["MANY"]))"""
+
+
+def test_many_arguments_arrive(extreme: Group) -> None:
+    """The stack is moved by little, and holds much."""
+    command = ("/usr/bin/python3", "-I", "-c", MANY, *(str(i) * 1000 for i in range(400)))
+    env = {"MANY": "m" * 100000}
+    plain = run(command, env)
+    assert plain.stdout.startswith("401 ")
+    assert run([*extreme.prefix, *command], env).stdout == plain.stdout
 
 
 # --- two members ---
