@@ -86,6 +86,11 @@ def assert_is_member(program: str, maps: str, group: Group) -> None:
     if kind != ET_EXEC and addresses.loader not in (0, addresses.program):
         # A program that wants to be aligned lies that much lower.
         assert group.addresses.program - addresses.program in range(1 << 28)
+    # The heap lies up to 1 GiB above the program; of one among the mappings, where others lie.
+    apart = kind != ET_EXEC and addresses.loader in (0, addresses.program)
+    program_at = group.addresses.program if apart else addresses.program
+    for one in mappings(maps):
+        assert one.name != "[heap]" or one.start - program_at in range(1, 2 << 30)
 
 
 # --- a group, and how programs are started in it ---
@@ -99,7 +104,7 @@ class Group:
     def __init__(
         self, wrapper: Path, user: Sequence[str], env: dict[str, str], secret: bytes = b""
     ) -> None:
-        """Be a group of the user that the command `user` changes to; a secret of that byte, if any."""
+        """Be a group of the user that `user` changes to; its secret is that byte, if one."""
         Group.count += 1
         self.name = f"tests-{os.getpid()}-{Group.count}"
         self.prefix = [*user, wrapper, "--group", self.name, "--group-required"]
