@@ -872,7 +872,7 @@ def perform(
     done = run([*prefix, *task.command(place)], env, place.out)
 
     def same(text: str) -> str:
-        return re.sub(task.differs, "...", text) if task.differs else text
+        return re.sub(task.differs, "", text) if task.differs else text
 
     then = None
     if task.then is not None:
@@ -1048,7 +1048,7 @@ class Way:
         """Assert that the process and its children, at least that many, are members."""
         below = 0
         for process in (pid, *map(int, children_of(pid))):
-            with suppress(FileNotFoundError):  # it has ended meanwhile
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
                 program = os.readlink(f"/proc/{process}/exe")
                 maps = Path(f"/proc/{process}/maps").read_text()
                 below += process != pid

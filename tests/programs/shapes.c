@@ -95,7 +95,7 @@ int main(int argc, char **argv)
     pthread_attr_destroy(&attributes);
     printf("zero %d total %zu data %d deep %d\n", zero, total, *pointer, deep[0] + deep[DEEP / 2]);
     printf("stack of %zu MiB, on it %d\n", size >> 30 != 0 ? 1024 : (size + (1 << 19)) >> 20,
-           (char *)argv < (char *)stack + size && (char *)&argc > (char *)stack);
+           (char *)&first < (char *)stack + size && (char *)&first > (char *)stack);
     printf("entry %d brk %d\n", getauxval(AT_ENTRY) != 0, sbrk(1 << 20) != (void *)-1);
     printf("%s %d %s\n", (const char *)getauxval(AT_PLATFORM), argc, argv[argc - 1]);
     printf("called %d\n", strcmp((const char *)getauxval(AT_EXECFN), argv[0]));
