@@ -49,6 +49,9 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
     enum { MMAP_BITS = 28, PROGRAM_BITS = 28, HEAP_BITS = 18, STACK_BITS = 22, WITHIN_BITS = 9 };
     const uint64_t *words = secret->words, one = 1;
     uint64_t stack_span = page << STACK_BITS;
+    /* Arguments are at most 6 MB (fs/exec.c, bprm_stack_limits), and mremap() to where the stack still is
+     * fails with EINVAL. */
+    uint64_t past_stack = (16 << 20) / page;
     struct layout layout;
 
     /* The stack may grow by as much as the span of its own places before it meets a mapping. */
@@ -56,7 +59,7 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
     /* Farther than any program is long: where it goes is free. */
     layout.program = stack_span + (words[GROUP_PROGRAM] % (one << PROGRAM_BITS)) * page;
     layout.heap = (1 + words[GROUP_HEAP] % (one << HEAP_BITS)) * page;
-    layout.stack = (1 + words[GROUP_STACK] % ((one << STACK_BITS) - 1)) * page +
+    layout.stack = (past_stack + words[GROUP_STACK] % ((one << STACK_BITS) - past_stack)) * page +
                    (words[GROUP_STACK] >> 48) % (one << WITHIN_BITS) * 16;
     return layout;
 }
