@@ -79,6 +79,7 @@ enum { UNSUPPORTED = 4, CANNOT_EXEC = 126 };
 
 struct mapping {
     uint64_t start, end;
+    bool is_text;
 };
 
 struct tracee {
@@ -403,12 +404,14 @@ static bool read_mappings(struct tracee *t, uint64_t low, uint64_t high)
         return false;
     t->part_count = 0;
     while (getline(&line, &size, file) > 0) {
-        struct mapping found = {0, 0};
-        char name[16] = "";
+        struct mapping found = {0, 0, false};
+        char rights[8] = "", name[16] = "";
 
         /* A path begins with a slash. */
-        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %*s %*s %*s %*s %15s", &found.start, &found.end, name) < 2)
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %7s %*s %*s %*s %15s", &found.start, &found.end, rights,
+                   name) < 3)
             continue;
+        found.is_text = strncmp(rights, "r-x", 3) == 0;
         if (strcmp(name, "[stack]") == 0) {
             t->stack = found;
         } else if (found.start >= low && found.end <= high) {
@@ -568,9 +571,17 @@ static bool move_mapping(struct tracee *t, const struct mapping *part, uint64_t 
 static bool move_program(struct tracee *t, uint64_t offset)
 {
     t->step = "moving the program";
-    for (size_t i = offset != 0 ? t->part_count : 0; i-- > 0;)
-        if (!move_mapping(t, &t->parts[i], offset))
+    for (size_t i = offset != 0 ? t->part_count : 0; i-- > 0;) {
+        const struct mapping *part = &t->parts[i];
+        uint64_t start = part->start + offset, size = part->end - part->start;
+
+        if (!move_mapping(t, part, offset))
             return false;
+        /* mremap() tells perf nothing, but mprotect() does (mm/mprotect.c, perf_event_mmap). */
+        if (part->is_text && (call(t, SYS_mprotect, start, size, PROT_READ, 0, 0) < 0 ||
+                              call(t, SYS_mprotect, start, size, PROT_READ | PROT_EXEC, 0, 0) < 0))
+            return false;
+    }
     return true;
 }
 
@@ -631,7 +642,7 @@ static bool move(struct tracee *t, const struct layout *layout, const char *comm
 static bool exec_again(struct tracee *t, const struct settings *old)
 {
     uint64_t pointer = *stack_pointer(&t->entry), place = pointer - PATH_MAX - 64, argv, argc;
-    struct mapping moved = {t->stack.start - t->stack_moved, t->stack.end - t->stack_moved};
+    struct mapping moved = {t->stack.start - t->stack_moved, t->stack.end - t->stack_moved, false};
     struct user_regs_struct regs = t->entry;
     char path[PATH_MAX + 1] = "";
 
