@@ -103,14 +103,32 @@ struct tracee {
 };
 
 #ifdef KSM_FAULTS
-/* For tests only: the step of that number fails. */
+/* For tests only: the step of that number fails, kills the helper, or is when the program gets signals. */
+static pid_t faulted;
+
+static bool is_step(const char *variable, int step)
+{
+    const char *wanted = getenv(variable);
+
+    return wanted != NULL && atoi(wanted) == step;
+}
+
 static bool fault(void)
 {
     static int steps;
-    const char *wanted = getenv("KSM_FAIL_AT");
+    const char *signals = getenv("KSM_SIGNALS");
 
+    steps++;
+    if (is_step("KSM_DIE_AT", steps))
+        raise(SIGKILL);
+    for (bool send = is_step("KSM_SIGNAL_AT", steps) && signals != NULL; send; signals++) {
+        kill(faulted != 0 ? faulted : getpid(), atoi(signals));
+        signals = strchr(signals, ',');
+        if (signals == NULL)
+            break;
+    }
     errno = EIO;
-    return wanted != NULL && ++steps == atoi(wanted);
+    return is_step("KSM_FAIL_AT", steps);
 }
 #else
 static bool fault(void)
@@ -664,7 +682,7 @@ static bool exec_again(struct tracee *t, const struct settings *old)
 /* Ends a program that can neither be moved nor be run as it is. */
 static void end(struct tracee *t, int status)
 {
-    if (t->syscall != 0) {
+    if (t->syscall != 0 || find_syscall(t)) {
         struct user_regs_struct regs = t->entry;
 
         set_call(&regs, SYS_exit_group, (const uint64_t[]){(uint64_t)status, 0, 0, 0, 0});
@@ -831,13 +849,15 @@ __attribute__((noreturn)) static void help(int from, int to, int proc, const str
 
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
-    (void)setsid(); /* a SIGSTOP to the caller's process group must not reach it */
     /* Nobody should wait for the end of a pipe because of the helper; its own last word goes to stderr. */
     for (int i = 0; i < 2; i++)
         if (i != from && i != to && i != proc)
             (void)close(i);
     if (write(to, &self, sizeof self) != sizeof self || read(from, &pid, sizeof pid) != sizeof pid)
         _exit(1);
+#ifdef KSM_FAULTS
+    faulted = pid;
+#endif
     if (fault() || ptrace(PTRACE_SEIZE, pid, 0,
                           PTRACE_O_TRACEEXEC | PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL) != 0)
         answer = errno;
@@ -859,6 +879,7 @@ static int start_helper(const int to_helper[2], int from_helper[2], int proc, co
     if (middle < 0)
         return errno;
     if (middle == 0) {
+        (void)setsid(); /* a SIGSTOP to the caller's process group is not for the helper */
         helper = fork_quietly();
         if (helper == 0) {
             (void)close(to_helper[1]);
@@ -869,7 +890,8 @@ static int start_helper(const int to_helper[2], int from_helper[2], int proc, co
     }
     close(from_helper[1]);
     from_helper[1] = -1;
-    (void)waitpid(middle, &status, __WALL);
+    while (waitpid(middle, &status, WUNTRACED | __WALL) == middle && WIFSTOPPED(status))
+        (void)kill(middle, SIGCONT);
     if (read(from_helper[0], &helper, sizeof helper) != sizeof helper)
         return WIFEXITED(status) && WEXITSTATUS(status) != 0 ? WEXITSTATUS(status) : ECHILD;
     /* For Yama's ptrace_scope 1; EINVAL without Yama. */
