@@ -121,8 +121,8 @@ static bool fault(void)
     steps++;
     if (is_step("KSM_DIE_AT", steps))
         raise(SIGKILL);
-    for (bool send = is_step("KSM_SIGNAL_AT", steps) && signals != NULL; send; signals++) {
-        kill(faulted != 0 ? faulted : getpid(), atoi(signals));
+    for (bool send = is_step("KSM_SIGNAL_AT", steps) && faulted != 0; send; signals++) {
+        kill(faulted, atoi(signals));
         signals = strchr(signals, ',');
         if (signals == NULL)
             break;
@@ -205,6 +205,16 @@ static bool set_registers(const struct tracee *t, struct user_regs_struct *regs)
     struct iovec part = {regs, sizeof *regs};
 
     return ptrace(PTRACE_SETREGSET, t->pid, NT_PRSTATUS, &part) == 0;
+}
+
+/* Whether it has been killed from outside: nothing else takes a stopped program away from its tracer. */
+static bool is_gone(struct tracee *t)
+{
+    struct user_regs_struct regs;
+
+    if (!get_registers(t, &regs) && errno == ESRCH)
+        t->gone = true;
+    return t->gone;
 }
 
 /* Lets the program go on to the next stop of a system call, or if EVENT is not 0, to that event. */
@@ -771,9 +781,11 @@ static void watch(pid_t pid, int proc, const struct layout *layout, const struct
         int error = errno;
         const char *step = t.step;
 
-        if (!t.gone && !required && exec_again(&t, old)) {
+        if (is_gone(&t))
+            return;
+        if (!required && exec_again(&t, old)) {
             say(name, "runs with an ordinary layout", step, error);
-        } else if (t.gone) {
+        } else if (is_gone(&t)) {
             return;
         } else {
             say(name, "is not run", step, error);
