@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <limits.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -52,9 +53,11 @@ static bool is_private(int fd, mode_t type, mode_t mask)
 /* Opens the folder NAME below PARENT, making it with MODE if it is missing; -1 and errno. */
 static int enter(int parent, const char *name, mode_t mode)
 {
-    int folder;
+    mode_t before = umask(0); /* may be one that takes from the owner, too */
+    int made = mkdirat(parent, name, mode), folder;
 
-    if (mkdirat(parent, name, mode) != 0 && errno != EEXIST)
+    (void)umask(before);
+    if (made != 0 && errno != EEXIST)
         return -1;
     folder = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (folder >= 0 && !is_private(folder, S_IFDIR, ~mode & 077)) {
@@ -84,6 +87,7 @@ static int open_folder(char path[PATH_MAX])
         if (base >= 0 && i < 2 && !is_private(base, S_IFDIR, 022)) {
             close(base);
             base = -1;
+            errno = EPERM;
         }
         if (base >= 0) {
             char name[64] = "ksm-preload";
@@ -118,17 +122,27 @@ static const char *folder_fault(const char *path)
 static const char *draw(int folder, const char *path, const char *name)
 {
     struct group_secret secret;
+    uint64_t number;
     char unfinished[32];
     const char *fault = NULL;
+    ssize_t written = -1;
+    mode_t before;
     int file;
 
-    /* A whole file appears at once: nobody ever reads half a secret. No group's name begins with a dot. */
-    snprintf(unfinished, sizeof unfinished, ".new-%d", (int)getpid());
-    if (getrandom(&secret, sizeof secret, 0) != (ssize_t)sizeof secret)
+    if (getrandom(&secret, sizeof secret, 0) != (ssize_t)sizeof secret ||
+        getrandom(&number, sizeof number, 0) != (ssize_t)sizeof number)
         return because("cannot draw a secret: %s", strerror(errno));
-    (void)unlinkat(folder, unfinished, 0); /* of a process killed here, with the same PID */
+    /* A whole file appears at once: nobody ever reads half a secret. No group's name begins with a dot. Not
+     * the PID: containers that share the folder have the same ones. */
+    snprintf(unfinished, sizeof unfinished, ".new-%016" PRIx64, number);
+    before = umask(0);
     file = openat(folder, unfinished, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (file < 0 || write(file, &secret, sizeof secret) != (ssize_t)sizeof secret ||
+    (void)umask(before);
+    if (file >= 0)
+        written = write(file, &secret, sizeof secret);
+    if (written >= 0 && written < (ssize_t)sizeof secret)
+        errno = ENOSPC;
+    if (written != (ssize_t)sizeof secret ||
         (linkat(folder, unfinished, folder, name, 0) != 0 && errno != EEXIST))
         fault = because("cannot write %s/%s: %s", path, name, strerror(errno));
     if (file >= 0) {

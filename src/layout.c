@@ -47,11 +47,9 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
      * stack 22 for pages and 9 within two pages (STACK_RND_MASK, arch_align_stack). Not more, since
      * sanitizers expect things where the kernel usually puts them. */
     enum { MMAP_BITS = 28, PROGRAM_BITS = 28, HEAP_BITS = 18, STACK_BITS = 22, WITHIN_BITS = 9 };
+    enum { STACK_LEAST = 8 << 20 };
     const uint64_t *words = secret->words, one = 1;
     uint64_t stack_span = page << STACK_BITS;
-    /* Arguments are at most 6 MB (fs/exec.c, bprm_stack_limits), and mremap() to where the stack still is
-     * fails with EINVAL. */
-    uint64_t past_stack = (16 << 20) / page;
     struct layout layout;
 
     /* The stack may grow by as much as the span of its own places before it meets a mapping. */
@@ -59,7 +57,9 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
     /* Farther than any program is long: where it goes is free. */
     layout.program = stack_span + (words[GROUP_PROGRAM] % (one << PROGRAM_BITS)) * page;
     layout.heap = (1 + words[GROUP_HEAP] % (one << HEAP_BITS)) * page;
-    layout.stack = (past_stack + words[GROUP_STACK] % ((one << STACK_BITS) - past_stack)) * page +
+    /* Farther than any stack is long that exec has made: arguments and environment are 6 MB at most
+     * (fs/exec.c, bprm_stack_limits). */
+    layout.stack = STACK_LEAST + (words[GROUP_STACK] % (one << STACK_BITS)) * page +
                    (words[GROUP_STACK] >> 48) % (one << WITHIN_BITS) * 16;
     return layout;
 }
@@ -79,16 +79,17 @@ enum { UNSUPPORTED = 4, CANNOT_EXEC = 126 };
 
 struct mapping {
     uint64_t start, end;
-    bool is_stack;
+    bool is_text;
 };
 
 struct tracee {
     pid_t pid;
-    int memory;                       /* /proc/PID/mem */
+    int proc, memory;                 /* /proc/PID, its mem */
     struct user_regs_struct entry;    /* the registers with which the program will start */
     uint64_t syscall;                 /* the address of an instruction that makes a system call */
     const char *step;                 /* what is being done, for a message */
     bool stopped;                     /* by a SIGSTOP, which cannot be blocked: sent again at the end */
+    bool gone;                        /* killed from outside: its PID may be another's */
     uint64_t page;
     struct prctl_mm_map record;       /* the kernel's */
     struct mapping program, parts[64], stack; /* where it lies, in which mappings; its stack */
@@ -102,14 +103,32 @@ struct tracee {
 };
 
 #ifdef KSM_FAULTS
-/* For tests only: the step of that number fails. */
+/* For tests only: the step of that number fails, kills the helper, or is when the program gets signals. */
+static pid_t faulted;
+
+static bool is_step(const char *variable, int step)
+{
+    const char *wanted = getenv(variable);
+
+    return wanted != NULL && atoi(wanted) == step;
+}
+
 static bool fault(void)
 {
     static int steps;
-    const char *wanted = getenv("KSM_FAIL_AT");
+    const char *signals = getenv("KSM_SIGNALS");
 
+    steps++;
+    if (is_step("KSM_DIE_AT", steps))
+        raise(SIGKILL);
+    for (bool send = is_step("KSM_SIGNAL_AT", steps) && faulted != 0; send; signals++) {
+        kill(faulted, atoi(signals));
+        signals = strchr(signals, ',');
+        if (signals == NULL)
+            break;
+    }
     errno = EIO;
-    return wanted != NULL && ++steps == atoi(wanted);
+    return is_step("KSM_FAIL_AT", steps);
 }
 #else
 static bool fault(void)
@@ -120,6 +139,7 @@ static bool fault(void)
 
 #if defined(__x86_64__)
 static const unsigned char syscall_code[] = {0x0f, 0x05}; /* syscall */
+enum { SYSCALL_ALIGNMENT = 1 };
 
 static uint64_t *stack_pointer(struct user_regs_struct *regs)
 {
@@ -148,6 +168,7 @@ static long call_result(const struct user_regs_struct *regs)
 }
 #else
 static const unsigned char syscall_code[] = {0x01, 0x00, 0x00, 0xd4}; /* svc #0 */
+enum { SYSCALL_ALIGNMENT = sizeof syscall_code };
 
 static uint64_t *stack_pointer(struct user_regs_struct *regs)
 {
@@ -186,15 +207,28 @@ static bool set_registers(const struct tracee *t, struct user_regs_struct *regs)
     return ptrace(PTRACE_SETREGSET, t->pid, NT_PRSTATUS, &part) == 0;
 }
 
+/* Whether it has been killed from outside: nothing else takes a stopped program away from its tracer. */
+static bool is_gone(struct tracee *t)
+{
+    struct user_regs_struct regs;
+
+    if (!get_registers(t, &regs) && errno == ESRCH)
+        t->gone = true;
+    return t->gone;
+}
+
 /* Lets the program go on to the next stop of a system call, or if EVENT is not 0, to that event. */
 static bool next_stop(struct tracee *t, int event)
 {
     for (;;) {
         int status;
 
-        if (ptrace(PTRACE_SYSCALL, t->pid, 0, 0) != 0 || waitpid(t->pid, &status, __WALL) != t->pid ||
-            !WIFSTOPPED(status)) {
-            errno = ESRCH; /* killed from outside */
+        if (ptrace(PTRACE_SYSCALL, t->pid, 0, 0) != 0 && errno != ESRCH)
+            return false;
+        /* ESRCH: it is being killed. */
+        if (waitpid(t->pid, &status, __WALL) != t->pid || !WIFSTOPPED(status)) {
+            t->gone = true;
+            errno = ESRCH;
             return false;
         }
         if (status >> 8 == (SIGTRAP | 0x80) && event == 0)
@@ -252,10 +286,12 @@ static bool write_memory(const struct tracee *t, uint64_t address, const void *d
 
 static FILE *open_proc(const struct tracee *t, const char *name)
 {
-    char path[64];
+    int file = fault() ? -1 : openat(t->proc, name, O_RDONLY | O_CLOEXEC);
+    FILE *stream = file >= 0 ? fdopen(file, "r") : NULL;
 
-    snprintf(path, sizeof path, "/proc/%d/%s", (int)t->pid, name);
-    return fault() ? NULL : fopen(path, "re");
+    if (stream == NULL && file >= 0)
+        close(file);
+    return stream;
 }
 
 /* --- what the kernel has made of the program --- */
@@ -388,28 +424,36 @@ static bool read_program(struct tracee *t)
 static bool read_mappings(struct tracee *t, uint64_t low, uint64_t high)
 {
     FILE *file = open_proc(t, "maps");
-    char line[PATH_MAX + 128];
+    char *line = NULL;
+    size_t size = 0;
+    bool fits = true;
 
     if (file == NULL)
         return false;
     t->part_count = 0;
-    while (fgets(line, sizeof line, file) != NULL) {
-        struct mapping found = {0, 0, strstr(line, "[stack]") != NULL};
+    while (getline(&line, &size, file) > 0) {
+        struct mapping found = {0, 0, false};
+        char rights[8] = "", name[16] = "";
 
-        if (sscanf(line, "%" SCNx64 "-%" SCNx64, &found.start, &found.end) != 2)
+        /* A path begins with a slash. */
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %7s %*s %*s %*s %15s", &found.start, &found.end, rights,
+                   name) < 3)
             continue;
-        if (found.is_stack) {
+        found.is_text = strncmp(rights, "r-x", 3) == 0;
+        if (strcmp(name, "[stack]") == 0) {
             t->stack = found;
         } else if (found.start >= low && found.end <= high) {
-            if (t->part_count == sizeof t->parts / sizeof *t->parts) {
-                fclose(file);
-                errno = E2BIG;
-                return false;
-            }
+            fits = t->part_count < sizeof t->parts / sizeof *t->parts;
+            if (!fits)
+                break;
             t->parts[t->part_count++] = found;
         }
     }
+    free(line);
     fclose(file);
+    errno = E2BIG;
+    if (!fits)
+        return false;
     errno = ENOEXEC;
     return t->stack.end != 0;
 }
@@ -418,9 +462,8 @@ static bool find_syscall(struct tracee *t)
 {
     FILE *file = open_proc(t, "auxv");
     uint64_t entry[2], vdso = 0;
-    char code[16384];
-    const char *found;
-    size_t size = 0;
+    char code[16384 + sizeof syscall_code] = "";
+    size_t size = 0, at = 0;
 
     if (file == NULL)
         return false;
@@ -430,12 +473,13 @@ static bool find_syscall(struct tracee *t)
     errno = ENOSYS;
     if (vdso == 0)
         return false;
-    while (size < sizeof code && pread(t->memory, code + size, 4096, (off_t)(vdso + size)) == 4096)
+    while (size + 4096 <= sizeof code && pread(t->memory, code + size, 4096, (off_t)(vdso + size)) == 4096)
         size += 4096;
-    found = memmem(code, size, syscall_code, sizeof syscall_code);
-    if (found == NULL || fault())
+    while (at < size && memcmp(code + at, syscall_code, sizeof syscall_code) != 0)
+        at += SYSCALL_ALIGNMENT;
+    if (at >= size || fault())
         return false;
-    t->syscall = vdso + (uint64_t)(found - code);
+    t->syscall = vdso + at;
     return true;
 }
 
@@ -555,9 +599,17 @@ static bool move_mapping(struct tracee *t, const struct mapping *part, uint64_t 
 static bool move_program(struct tracee *t, uint64_t offset)
 {
     t->step = "moving the program";
-    for (size_t i = offset != 0 ? t->part_count : 0; i-- > 0;)
-        if (!move_mapping(t, &t->parts[i], offset))
+    for (size_t i = offset != 0 ? t->part_count : 0; i-- > 0;) {
+        const struct mapping *part = &t->parts[i];
+        uint64_t start = part->start + offset, size = part->end - part->start;
+
+        if (!move_mapping(t, part, offset))
             return false;
+        /* mremap() tells perf nothing, but mprotect() does (mm/mprotect.c, perf_event_mmap). */
+        if (part->is_text && (call(t, SYS_mprotect, start, size, PROT_READ, 0, 0) < 0 ||
+                              call(t, SYS_mprotect, start, size, PROT_READ | PROT_EXEC, 0, 0) < 0))
+            return false;
+    }
     return true;
 }
 
@@ -618,12 +670,11 @@ static bool move(struct tracee *t, const struct layout *layout, const char *comm
 static bool exec_again(struct tracee *t, const struct settings *old)
 {
     uint64_t pointer = *stack_pointer(&t->entry), place = pointer - PATH_MAX - 64, argv, argc;
-    struct mapping moved = {t->stack.start - t->stack_moved, t->stack.end - t->stack_moved, true};
+    struct mapping moved = {t->stack.start - t->stack_moved, t->stack.end - t->stack_moved, false};
     struct user_regs_struct regs = t->entry;
-    char link[64], path[PATH_MAX + 1] = "";
+    char path[PATH_MAX + 1] = "";
 
-    snprintf(link, sizeof link, "/proc/%d/exe", (int)t->pid);
-    if ((t->syscall == 0 && !find_syscall(t)) || readlink(link, path, PATH_MAX) <= 0)
+    if ((t->syscall == 0 && !find_syscall(t)) || readlinkat(t->proc, "exe", path, PATH_MAX) <= 0)
         return false;
     if (t->stack_moved != 0 && (!move_mapping(t, &moved, t->stack_moved) ||
                                 !write_memory(t, pointer, t->content, t->content_size)))
@@ -641,7 +692,7 @@ static bool exec_again(struct tracee *t, const struct settings *old)
 /* Ends a program that can neither be moved nor be run as it is. */
 static void end(struct tracee *t, int status)
 {
-    if (t->syscall != 0) {
+    if (t->syscall != 0 || find_syscall(t)) {
         struct user_regs_struct regs = t->entry;
 
         set_call(&regs, SYS_exit_group, (const uint64_t[]){(uint64_t)status, 0, 0, 0, 0});
@@ -651,10 +702,19 @@ static void end(struct tracee *t, int status)
             (void)next_stop(t, 0); /* does not come: it has ended */
         }
     }
-    (void)kill(t->pid, SIGKILL);
+    if (!t->gone)
+        (void)kill(t->pid, SIGKILL);
 }
 
 /* --- the helper --- */
+
+/* Whether the program itself has sent the signal that it stops with. */
+static bool is_its_own(pid_t pid)
+{
+    siginfo_t info;
+
+    return ptrace(PTRACE_GETSIGINFO, pid, 0, &info) == 0 && info.si_code == SI_TKILL && info.si_pid == pid;
+}
 
 /* Waits for the exec; false if the program ended instead, or asks to be let go (layout_cancel). */
 static bool wait_for_exec(pid_t pid)
@@ -671,7 +731,7 @@ static bool wait_for_exec(pid_t pid)
             stays = WSTOPSIG(status) != SIGTRAP;
         else if (status >> 16 == 0)
             number = WSTOPSIG(status);
-        if (number == SIGTRAP) {
+        if (number == SIGTRAP && is_its_own(pid)) {
             (void)ptrace(PTRACE_DETACH, pid, 0, 0);
             return false;
         }
@@ -685,13 +745,27 @@ static void say(const char *name, const char *what, const char *step, int error)
     fprintf(stderr, "ksm-wrapper: %s %s: %s failed: %s\n", name, what, step, strerror(error));
 }
 
+/* Whether a SIGCONT waits, which has come after any SIGSTOP then: each clears away the other. */
+static bool continued(const struct tracee *t)
+{
+    FILE *file = open_proc(t, "status");
+    char line[256];
+    unsigned long long pending, all = 0;
+
+    while (file != NULL && fgets(line, sizeof line, file) != NULL)
+        if (sscanf(line, "SigPnd: %llx", &pending) == 1 || sscanf(line, "ShdPnd: %llx", &pending) == 1)
+            all |= pending;
+    if (file != NULL)
+        fclose(file);
+    return (all >> (SIGCONT - 1) & 1) != 0;
+}
+
 /* Watches over one exec of PID, whose settings will be OLD again after it. */
-static void watch(pid_t pid, const struct layout *layout, const struct settings *old, const char *name,
+static void watch(pid_t pid, int proc, const struct layout *layout, const struct settings *old, const char *name,
                   const char *comm, bool required)
 {
-    struct tracee t = {.pid = pid, .memory = -1, .page = (uint64_t)sysconf(_SC_PAGESIZE)};
+    struct tracee t = {.pid = pid, .proc = proc, .memory = -1, .page = (uint64_t)sysconf(_SC_PAGESIZE)};
     uint64_t blocked = UINT64_MAX, mask = 0;
-    char path[64];
     bool done, masked;
 
     if (!wait_for_exec(pid))
@@ -699,27 +773,31 @@ static void watch(pid_t pid, const struct layout *layout, const struct settings 
     /* A signal now would run its handler, or end the program, in the middle: it has to wait. */
     masked = ptrace(PTRACE_GETSIGMASK, pid, sizeof mask, &mask) == 0 &&
              ptrace(PTRACE_SETSIGMASK, pid, sizeof blocked, &blocked) == 0;
-    snprintf(path, sizeof path, "/proc/%d/mem", (int)pid);
     t.step = "starting to trace";
-    t.memory = open(path, O_RDWR | O_CLOEXEC);
+    t.memory = openat(proc, "mem", O_RDWR | O_CLOEXEC);
     done = masked && t.memory >= 0 && next_stop(&t, 0) && get_registers(&t, &t.entry) &&
            move(&t, layout, comm, old);
     if (!done) {
         int error = errno;
         const char *step = t.step;
 
+        if (is_gone(&t))
+            return;
         if (!required && exec_again(&t, old)) {
             say(name, "runs with an ordinary layout", step, error);
+        } else if (is_gone(&t)) {
+            return;
         } else {
             say(name, "is not run", step, error);
             end(&t, required ? UNSUPPORTED : CANNOT_EXEC);
             return;
         }
     }
+    t.stopped = t.stopped && !continued(&t);
     (void)ptrace(PTRACE_SETSIGMASK, pid, sizeof mask, &mask);
-    (void)ptrace(PTRACE_DETACH, pid, 0, 0);
     if (t.stopped)
-        (void)kill(pid, SIGSTOP);
+        (void)kill(pid, SIGSTOP); /* before it is let go: then its PID is still its own */
+    (void)ptrace(PTRACE_DETACH, pid, 0, 0);
 }
 
 static struct {
@@ -773,8 +851,8 @@ static pid_t fork_quietly(void)
     return (pid_t)syscall(SYS_clone, 0UL, 0UL, 0UL, 0UL, 0UL);
 }
 
-/* The helper's life. Its parent has told it to speak over the two pipes. */
-__attribute__((noreturn)) static void help(int from, int to, const struct layout *layout, const char *name,
+/* The helper's life. Its parent has told it to speak over the two pipes, and PROC is /proc/PID. */
+__attribute__((noreturn)) static void help(int from, int to, int proc, const struct layout *layout, const char *name,
                                            const char *comm, bool required)
 {
     pid_t self = getpid(), pid;
@@ -784,26 +862,62 @@ __attribute__((noreturn)) static void help(int from, int to, const struct layout
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
     /* Nobody should wait for the end of a pipe because of the helper; its own last word goes to stderr. */
-    (void)close(0);
-    (void)close(1);
+    for (int i = 0; i < 2; i++)
+        if (i != from && i != to && i != proc)
+            (void)close(i);
     if (write(to, &self, sizeof self) != sizeof self || read(from, &pid, sizeof pid) != sizeof pid)
         _exit(1);
+#ifdef KSM_FAULTS
+    faulted = pid;
+#endif
     if (fault() || ptrace(PTRACE_SEIZE, pid, 0,
                           PTRACE_O_TRACEEXEC | PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL) != 0)
         answer = errno;
     if (write(to, &answer, sizeof answer) == sizeof answer && answer == 0) {
         close(from);
         close(to);
-        watch(pid, layout, &begun.old, name, comm, required);
+        watch(pid, proc, layout, &begun.old, name, comm, required);
     }
     _exit(0);
 }
 
+/* Starts the helper and has it trace this process. Returns 0, else an error number. */
+static int start_helper(const int to_helper[2], int from_helper[2], int proc, const struct layout *layout,
+                        const char *name, const char *comm, bool required)
+{
+    pid_t self = getpid(), helper, middle = fault() ? -1 : fork_quietly();
+    int answer, status = 0;
+
+    if (middle < 0)
+        return errno;
+    if (middle == 0) {
+        (void)setsid(); /* a SIGSTOP to the caller's process group is not for the helper */
+        helper = fork_quietly();
+        if (helper == 0) {
+            (void)close(to_helper[1]);
+            (void)close(from_helper[0]);
+            help(to_helper[0], from_helper[1], proc, layout, name, comm, required);
+        }
+        _exit(helper < 0 ? errno : 0);
+    }
+    close(from_helper[1]);
+    from_helper[1] = -1;
+    while (waitpid(middle, &status, WUNTRACED | __WALL) == middle && WIFSTOPPED(status))
+        (void)kill(middle, SIGCONT);
+    if (read(from_helper[0], &helper, sizeof helper) != sizeof helper)
+        return WIFEXITED(status) && WEXITSTATUS(status) != 0 ? WEXITSTATUS(status) : ECHILD;
+    /* For Yama's ptrace_scope 1; EINVAL without Yama. */
+    (void)prctl(PR_SET_PTRACER, (unsigned long)helper, 0UL, 0UL, 0UL);
+    if (write(to_helper[1], &self, sizeof self) != sizeof self ||
+        read(from_helper[0], &answer, sizeof answer) != sizeof answer)
+        return ECHILD;
+    return answer;
+}
+
 const char *layout_begin(const struct layout *layout, const char *name, const char *comm, bool required)
 {
-    int to_helper[2] = {-1, -1}, from_helper[2] = {-1, -1}, answer = EIO, legacy = 0, subreaper = 0;
+    int to_helper[2] = {-1, -1}, from_helper[2] = {-1, -1}, answer, legacy = 0, subreaper = 0, proc;
     const char *why;
-    pid_t self = getpid(), middle, helper;
     FILE *file = fopen("/proc/sys/vm/legacy_va_layout", "re");
 
     if (file != NULL) {
@@ -813,40 +927,29 @@ const char *layout_begin(const struct layout *layout, const char *name, const ch
     }
     if (legacy != 0)
         return "the kernel is told to use the legacy memory layout (sysctl vm.legacy_va_layout)";
-    if (self == 1)
+    if (getpid() == 1)
         return "it would be PID 1 and get a child that it does not know: start it below an init such as tini";
+    /* Not by number: a PID namespace may have its parent's /proc. */
+    proc = fault() ? -1 : open("/proc/self", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (proc < 0) {
+        snprintf(reason, sizeof reason, "/proc/self cannot be opened: %s", strerror(errno));
+        return reason;
+    }
     why = change_settings(layout, &begun.old);
-    if (why != NULL)
+    if (why != NULL) {
+        close(proc);
         return why;
+    }
 
     /* The helper is to be init's child, or that of the next subreaper above us. */
     (void)prctl(PR_GET_CHILD_SUBREAPER, &subreaper, 0UL, 0UL, 0UL);
     if (subreaper != 0)
         (void)prctl(PR_SET_CHILD_SUBREAPER, 0UL, 0UL, 0UL, 0UL);
     if (fault() || pipe2(to_helper, O_CLOEXEC) != 0 || pipe2(from_helper, O_CLOEXEC) != 0)
-        goto out;
-    middle = fault() ? -1 : fork_quietly();
-    if (middle == 0) {
-        if (fork_quietly() == 0)
-            help(to_helper[0], from_helper[1], layout, name, comm, required);
-        _exit(0);
-    }
-    if (middle < 0)
-        goto out;
-    close(from_helper[1]);
-    from_helper[1] = -1;
-    (void)waitpid(middle, NULL, __WALL);
-    if (read(from_helper[0], &helper, sizeof helper) == sizeof helper) {
-        /* For Yama's ptrace_scope 1; EINVAL without Yama. */
-        (void)prctl(PR_SET_PTRACER, (unsigned long)helper, 0UL, 0UL, 0UL);
-        if (write(to_helper[1], &self, sizeof self) != sizeof self ||
-            read(from_helper[0], &answer, sizeof answer) != sizeof answer)
-            answer = EIO;
-        errno = answer;
-    }
-out:
-    if (answer != 0)
-        answer = errno != 0 ? errno : EIO;
+        answer = errno;
+    else
+        answer = start_helper(to_helper, from_helper, proc, layout, name, comm, required);
+    close(proc);
     for (int i = 0; i < 2; i++) {
         if (to_helper[i] >= 0)
             close(to_helper[i]);
@@ -859,24 +962,29 @@ out:
     if (begun.active)
         return NULL;
     restore_own_settings();
-    snprintf(reason, sizeof reason, "a helper cannot trace it: %s%s", strerror(answer),
-             answer == EPERM ? " (kernel.yama.ptrace_scope, a seccomp filter, or another tracer)" : "");
+    snprintf(reason, sizeof reason, "a helper cannot trace it: %s%s",
+             answer == ECHILD ? "it was killed" : strerror(answer),
+             answer == EPERM ? " (kernel.yama.ptrace_scope, a seccomp filter, or another tracer)"
+             : answer == ECHILD ? " (a seccomp filter?)"
+                                : "");
     return reason;
 }
 
 void layout_cancel(void)
 {
-    struct sigaction usual = {.sa_handler = SIG_DFL};
-    sigset_t trap;
+    struct sigaction usual = {.sa_handler = SIG_DFL}, old;
+    sigset_t trap, mask;
 
     if (!begun.active)
         return;
     begun.active = false;
     sigemptyset(&trap);
     sigaddset(&trap, SIGTRAP);
-    sigprocmask(SIG_UNBLOCK, &trap, NULL);
-    sigaction(SIGTRAP, &usual, NULL);
+    sigprocmask(SIG_UNBLOCK, &trap, &mask);
+    sigaction(SIGTRAP, &usual, &old);
     raise(SIGTRAP); /* the helper takes it for itself, and lets go */
+    sigaction(SIGTRAP, &old, NULL);
+    sigprocmask(SIG_SETMASK, &mask, NULL);
     restore_own_settings();
 }
 

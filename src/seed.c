@@ -14,7 +14,7 @@
 static const struct variable {
     const char *name, *format; /* of one uint32_t, never 0: to Python that means "no seed" */
     enum group_word word;
-    const char *unless; /* the variable that the user may have set instead */
+    const char *unless; /* the user has set this variable, or NAME itself */
 } variables[] = {
     {"PYTHONHASHSEED", "%" PRIu32, GROUP_PYTHON, "PYTHONHASHSEED"}, /* CPython, Python/bootstrap_hash.c */
     {"PERL_PERTURB_KEYS", "0", GROUP_PERL, "PERL_HASH_SEED"},       /* perlrun(1), since 5.18 */
@@ -63,7 +63,7 @@ char **seed_set(const struct group_secret *secret, char **argv, void (*told)(con
         const struct variable *row = &variables[i];
         char text[32];
 
-        if (getenv(row->unless) != NULL)
+        if (getenv(row->unless) != NULL || getenv(row->name) != NULL)
             continue;
         snprintf(text, sizeof text, row->format, seed_of(secret, row->word));
         if (setenv(row->name, text, 1) != 0)

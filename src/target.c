@@ -5,7 +5,6 @@
 #include <elf.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,6 +45,14 @@ static bool find(const char *command, char path[PATH_MAX])
             return false;
         folders += length + 1;
     }
+}
+
+bool target_is_executable(const char *command)
+{
+    char path[PATH_MAX];
+    struct stat info;
+
+    return find(command, path) && stat(path, &info) == 0 && S_ISREG(info.st_mode) && access(path, X_OK) == 0;
 }
 
 /* Takes the interpreter out of a script's first line; false if it has none. */

@@ -3,10 +3,15 @@
 #ifndef KSM_TARGET_H
 #define KSM_TARGET_H
 
+#include <stdbool.h>
+
 /*
  * Returns NULL if the program of COMMAND can be given a layout, else why not, in static memory.  A command
  * that cannot be found or run at all has no obstacle here: exec says that better.
  */
 const char *target_obstacle(const char *command);
+
+/* Whether COMMAND is a file that this user may execute, so that a refusal has another reason. */
+bool target_is_executable(const char *command);
 
 #endif
