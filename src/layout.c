@@ -48,13 +48,16 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
      * sanitizers expect things where the kernel usually puts them. */
     enum { MMAP_BITS = 28, PROGRAM_BITS = 28, HEAP_BITS = 18, STACK_BITS = 22, WITHIN_BITS = 9 };
     const uint64_t *words = secret->words, one = 1;
-    uint64_t stack_span = page << STACK_BITS;
+    uint64_t stack_span = page << STACK_BITS, program_unit = page;
     struct layout layout;
 
     /* The stack may grow by as much as the span of its own places before it meets a mapping. */
     layout.stack_limit = 2 * stack_span + (words[GROUP_MMAP] % (one << MMAP_BITS)) * page;
+#if defined(__aarch64__)
+    program_unit = 1 << 16; /* files are aligned for the largest pages: with less, bits would be lost */
+#endif
     /* Farther than any program is long: where it goes is free. */
-    layout.program = stack_span + (words[GROUP_PROGRAM] % (one << PROGRAM_BITS)) * page;
+    layout.program = stack_span + (words[GROUP_PROGRAM] % (one << PROGRAM_BITS)) * program_unit;
     layout.heap = (1 + words[GROUP_HEAP] % (one << HEAP_BITS)) * page;
     layout.stack = (1 + words[GROUP_STACK] % ((one << STACK_BITS) - 1)) * page +
                    (words[GROUP_STACK] >> 48) % (one << WITHIN_BITS) * 16;
@@ -66,13 +69,6 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
 /* --- the program as its tracer sees it --- */
 
 enum { UNSUPPORTED = 4, CANNOT_EXEC = 126 };
-
-/* Where the kernel puts programs without randomization (ELF_ET_DYN_BASE): two thirds up. */
-#if defined(__x86_64__)
-#define PROGRAMS UINT64_C(0x555555554000)
-#else
-#define PROGRAMS UINT64_C(0xaaaaaaaaa000)
-#endif
 
 struct mapping {
     uint64_t start, end;
@@ -117,6 +113,7 @@ static bool fault(void)
 
 #if defined(__x86_64__)
 static const unsigned char syscall_code[] = {0x0f, 0x05}; /* syscall */
+enum { INSTRUCTION = 1 }; /* what their addresses are multiples of */
 
 static uint64_t *stack_pointer(struct user_regs_struct *regs)
 {
@@ -145,6 +142,7 @@ static long call_result(const struct user_regs_struct *regs)
 }
 #else
 static const unsigned char syscall_code[] = {0x01, 0x00, 0x00, 0xd4}; /* svc #0 */
+enum { INSTRUCTION = 4 };
 
 static uint64_t *stack_pointer(struct user_regs_struct *regs)
 {
@@ -415,9 +413,8 @@ static bool find_syscall(struct tracee *t)
 {
     FILE *file = open_proc(t, "auxv");
     uint64_t entry[2], vdso = 0;
-    char code[16384];
-    const char *found;
-    size_t size = 0;
+    char code[16384 + sizeof syscall_code];
+    size_t size = 0, at = 0;
 
     if (file == NULL)
         return false;
@@ -427,12 +424,13 @@ static bool find_syscall(struct tracee *t)
     errno = ENOSYS;
     if (vdso == 0)
         return false;
-    while (size < sizeof code && pread(t->memory, code + size, 4096, (off_t)(vdso + size)) == 4096)
+    while (size + 4096 < sizeof code && pread(t->memory, code + size, 4096, (off_t)(vdso + size)) == 4096)
         size += 4096;
-    found = memmem(code, size, syscall_code, sizeof syscall_code);
-    if (found == NULL || fault())
+    while (at < size && memcmp(code + at, syscall_code, sizeof syscall_code) != 0)
+        at += INSTRUCTION;
+    if (at >= size || fault())
         return false;
-    t->syscall = vdso + (uint64_t)(found - code);
+    t->syscall = vdso + at;
     return true;
 }
 
@@ -592,7 +590,9 @@ static bool move(struct tracee *t, const struct layout *layout, const char *comm
         program = 0; /* not position-independent; or a static PIE, which lies among the mappings */
     else if (t->alignment > t->page)
         program &= ~(t->alignment - 1);
-    heap = t->fixed || t->loads_interpreter ? t->program.end + program : PROGRAMS + layout->program;
+    heap = t->program.end + program;
+    if (!t->fixed && !t->loads_interpreter) /* where other programs are (ELF_ET_DYN_BASE): two thirds up */
+        heap = (t->stack.end / 3 * 2 & ~(t->page - 1)) + layout->program;
     heap += layout->heap;
 
     if (!move_program(t, program) || !move_stack(t, layout->stack, program))
@@ -638,7 +638,7 @@ static bool exec_again(struct tracee *t, const struct settings *old)
 /* Ends a program that can neither be moved nor be run as it is. */
 static void end(struct tracee *t, int status)
 {
-    if (t->syscall != 0) {
+    if (t->syscall != 0 || find_syscall(t)) {
         struct user_regs_struct regs = t->entry;
 
         set_call(&regs, SYS_exit_group, (const uint64_t[]){(uint64_t)status, 0, 0, 0, 0});
@@ -810,6 +810,9 @@ const char *layout_begin(const struct layout *layout, const char *name, const ch
     }
     if (legacy != 0)
         return "the kernel is told to use the legacy memory layout (sysctl vm.legacy_va_layout)";
+    /* RLIMIT_STACK chooses no place there: it is cut to five sixths of the address space (mm/util.c). */
+    if ((uint64_t)(uintptr_t)&self >> 46 == 0)
+        return "this kernel gives programs less than 47 bits of addresses (CONFIG_ARM64_VA_BITS)";
     if (self == 1)
         return "it would be PID 1 and get a child that it does not know: start it below an init such as tini";
     why = change_settings(layout, &begun.old);
