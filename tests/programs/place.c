@@ -28,15 +28,17 @@ static void at(const char *name, const void *address)
 }
 
 /* Whether a file of /proc holds exactly these bytes. */
-static const char *holds(const char *path, const void *data, size_t size)
+static const char *holds(const char *path, const char *data, size_t size)
 {
-    static char found[1 << 21];
     FILE *file = fopen(path, "re");
-    size_t length = file != NULL ? fread(found, 1, sizeof found, file) : 0;
+    size_t same = 0;
+    int byte = EOF;
 
+    while (file != NULL && (byte = getc(file)) != EOF && same < size && data[same] == (char)byte)
+        same++;
     if (file != NULL)
         fclose(file);
-    return length == size && memcmp(found, data, size) == 0 ? "yes" : "no";
+    return same == size && byte == EOF ? "yes" : "no";
 }
 
 static void print_lines(const char *path, const char *prefix, const char *only)
