@@ -49,13 +49,16 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
     enum { MMAP_BITS = 28, PROGRAM_BITS = 28, HEAP_BITS = 18, STACK_BITS = 22, WITHIN_BITS = 9 };
     enum { STACK_LEAST = 8 << 20 };
     const uint64_t *words = secret->words, one = 1;
-    uint64_t stack_span = page << STACK_BITS;
+    uint64_t stack_span = page << STACK_BITS, program_unit = page;
     struct layout layout;
 
     /* The stack may grow by as much as the span of its own places before it meets a mapping. */
     layout.stack_limit = 2 * stack_span + (words[GROUP_MMAP] % (one << MMAP_BITS)) * page;
+#if defined(__aarch64__)
+    program_unit = 1 << 16; /* files are aligned for the largest pages: with less, bits would be lost */
+#endif
     /* Farther than any program is long: where it goes is free. */
-    layout.program = stack_span + (words[GROUP_PROGRAM] % (one << PROGRAM_BITS)) * page;
+    layout.program = stack_span + (words[GROUP_PROGRAM] % (one << PROGRAM_BITS)) * program_unit;
     layout.heap = (1 + words[GROUP_HEAP] % (one << HEAP_BITS)) * page;
     /* Farther than any stack is long that exec has made: arguments and environment are 6 MB at most
      * (fs/exec.c, bprm_stack_limits). */
@@ -69,13 +72,6 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
 /* --- the program as its tracer sees it --- */
 
 enum { UNSUPPORTED = 4, CANNOT_EXEC = 126 };
-
-/* Where the kernel puts programs without randomization (ELF_ET_DYN_BASE): two thirds up. */
-#if defined(__x86_64__)
-#define PROGRAMS UINT64_C(0x555555554000)
-#else
-#define PROGRAMS UINT64_C(0xaaaaaaaaa000)
-#endif
 
 struct mapping {
     uint64_t start, end;
@@ -647,7 +643,9 @@ static bool move(struct tracee *t, const struct layout *layout, const char *comm
         program = 0; /* not position-independent; or a static PIE, which lies among the mappings */
     else if (t->alignment > t->page)
         program &= ~(t->alignment - 1);
-    heap = t->fixed || t->loads_interpreter ? t->program.end + program : PROGRAMS + layout->program;
+    heap = t->program.end + program;
+    if (!t->fixed && !t->loads_interpreter) /* where other programs are (ELF_ET_DYN_BASE): two thirds up */
+        heap = (t->stack.end / 3 * 2 & ~(t->page - 1)) + layout->program;
     heap += layout->heap;
 
     if (!move_program(t, program) || !move_stack(t, layout->stack, program))
@@ -927,6 +925,9 @@ const char *layout_begin(const struct layout *layout, const char *name, const ch
     }
     if (legacy != 0)
         return "the kernel is told to use the legacy memory layout (sysctl vm.legacy_va_layout)";
+    /* RLIMIT_STACK chooses no place there: it is cut to five sixths of the address space (mm/util.c). */
+    if ((uint64_t)(uintptr_t)&legacy >> 46 == 0)
+        return "this kernel gives programs less than 47 bits of addresses (CONFIG_ARM64_VA_BITS)";
     if (getpid() == 1)
         return "it would be PID 1 and get a child that it does not know: start it below an init such as tini";
     /* Not by number: a PID namespace may have its parent's /proc. */

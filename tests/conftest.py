@@ -210,9 +210,10 @@ class Tree:
 class Victims:
     """The programs of tests/programs, each compiled when a test first asks for it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Compile into `folder`."""
+    def __init__(self, folder: Path, target: str = "") -> None:
+        """Compile into `folder`, by compilers for `target`: "aarch64-linux-gnu-"."""
         self._folder = folder
+        self._target = target
 
     def __call__(self, name: str, kind: str = "dynamic") -> Path:
         """Return the program `name`, compiled as the `kind` of COMPILERS says."""
@@ -220,7 +221,7 @@ class Victims:
         program = self._folder / f"{name}-{kind}"
         if not program.exists():
             source = HERE / "programs" / (f"{name}.cpp" if kind == "c++" else f"{name}.c")
-            self._compile([compiler, *options, *VICTIM_OPTIONS], source, program)
+            self._compile([self._target + compiler, *options, *VICTIM_OPTIONS], source, program)
         return program
 
     def variant(self, name: str, *options: str) -> Path:

@@ -16,6 +16,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -29,11 +30,37 @@ CACHE = Path(__file__).parents[2] / ".cache" / "vm"
 PACKAGES = ("mount", "perl", "php-cli", "python3-click", "python3-pytest", "redis-server")
 LEFT_OUT = ("doc", "i18n", "info", "locale", "man")
 
+# The same where no package can be configured, since nothing of that architecture runs here.
+UNPACKED = ("coreutils", "dash", "mount", "python3-click", "python3-pytest", "util-linux")
+MERGED = ("bin", "lib", "lib64", "sbin")
+
 SECONDS = 600
 """The most that a machine may take; 60 to 150 are usual."""
 
 
-def kernel(suite: str) -> Path:
+@dataclass(frozen=True)
+class Architecture:
+    """What QEMU is told, and what the kernel calls the two serial ports."""
+
+    debian: str
+    emulator: str
+    options: str
+    console: str
+    report: str
+
+
+# With two CPUs newer kernels crash in QEMU 7.2. The board of arm64 has one serial port of its own.
+AMD64 = Architecture("amd64", "qemu-system-x86_64", "-serial file:{report}", "ttyS0", "ttyS1")
+ARM64 = Architecture(
+    "arm64",
+    "qemu-system-aarch64",
+    "-M virt -chardev file,id=report,path={report} -device pci-serial,chardev=report",
+    "ttyAMA0",
+    "ttyS0",
+)
+
+
+def kernel(suite: str, architecture: Architecture = AMD64) -> Path:
     """Return the newest kernel of a Debian suite."""
 
     def unpack(packed: tarfile.TarFile, output: IO[bytes]) -> None:
@@ -43,33 +70,40 @@ def kernel(suite: str) -> Path:
 
     return _made(
         f"kernel-{suite}",
-        ("--variant=extract", "--include=linux-image-amd64", suite, "-"),
+        ("--variant=extract", f"--include=linux-image-{architecture.debian}", suite, "-"),
         unpack,
+        architecture,
     )
 
 
-def base() -> Path:
+def base(architecture: Architecture = AMD64) -> Path:
     """Return the archive of a root with the host's release of Debian, for programs built here."""
 
     def convert(packed: tarfile.TarFile, output: IO[bytes]) -> None:
+        output.write(_entry("usr", stat.S_IFDIR | 0o755))
+        for name in MERGED:
+            output.write(_entry(f"usr/{name}", stat.S_IFDIR | 0o755))
+            output.write(_entry(name, stat.S_IFLNK | 0o777, os.fsencode(f"usr/{name}")))
         for member in packed:
+            # Only what was not configured still has files in /lib.
+            name = re.sub(rf"^\./(?=({'|'.join(MERGED)})/)", "./usr/", member.name)
             if member.isdir():
-                output.write(_entry(member.name, stat.S_IFDIR | member.mode))
+                if member.name not in {f"./{name}" for name in MERGED}:
+                    output.write(_entry(name, stat.S_IFDIR | member.mode))
             elif member.isfile():
                 data = _content(packed, member)
-                output.write(_entry(member.name, stat.S_IFREG | member.mode, data))
+                output.write(_entry(name, stat.S_IFREG | member.mode, data))
             elif member.issym() or member.islnk():
                 # A hard link's target is named from the root.
                 target = member.linkname if member.issym() else member.linkname.lstrip(".")
-                output.write(_entry(member.name, stat.S_IFLNK | 0o777, os.fsencode(target)))
+                output.write(_entry(name, stat.S_IFLNK | 0o777, os.fsencode(target)))
             # What is left are devices, which the kernel makes itself.
 
     left_out = (f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in LEFT_OUT)
-    return _made(
-        "base",
-        ("--variant=essential", f"--include={','.join(PACKAGES)}", *left_out, _codename(), "-"),
-        convert,
-    )
+    content = ("--variant=essential", f"--include={','.join(PACKAGES)}", *left_out)
+    if architecture is not AMD64:
+        content = ("--variant=extract", f"--include={','.join(UNPACKED)}")
+    return _made("base", (*content, _codename(), "-"), convert, architecture)
 
 
 def archive(files: Iterable[tuple[str, Path]]) -> bytes:
@@ -85,21 +119,28 @@ def archive(files: Iterable[tuple[str, Path]]) -> bytes:
     return b"".join([*entries.values(), _entry("TRAILER!!!", 0)])
 
 
-def boot(kernel: Path, initramfs: Path, environment: dict[str, str], report: Path) -> str:
+def boot(
+    kernel: Path,
+    initramfs: Path,
+    environment: dict[str, str],
+    report: Path,
+    architecture: Architecture = AMD64,
+) -> str:
     """Run /init in a machine, and return what that wrote to the second serial port.
 
     It ends with a line `status N`, or with what QEMU and the kernel had to say.
     """
     words = [f"{name}={value}" for name, value in environment.items()]
+    words += [f"KSM_TEST_REPORT=/dev/{architecture.report}"]
     console = report.with_suffix(".console")
     for output in (report, console):
         output.touch()
-    # With two CPUs newer kernels crash in QEMU 7.2.
     options = "-accel tcg -cpu max -smp 1 -m 2G -nodefaults -no-reboot -display none"
-    append = " ".join(["console=ttyS0 quiet panic=-1 rdinit=/init", *words])
+    own_options = [part.format(report=report) for part in architecture.options.split()]
+    append = f"console={architecture.console} quiet panic=-1 rdinit=/init {' '.join(words)}"
     command: list[object] = ["timeout", "--foreground", "--kill-after=5", SECONDS]
-    command += [need_command("qemu-system-x86_64"), *options.split()]
-    command += ["-serial", f"file:{console}", "-serial", f"file:{report}"]
+    command += [need_command(architecture.emulator), "-serial", f"file:{console}"]
+    command += [*options.split(), *own_options]
     command += ["-kernel", kernel, "-initrd", initramfs, "-append", append]
     done = subprocess.run([str(part) for part in command], capture_output=True, check=False)
     text = report.read_text(errors="replace").replace("\r\n", "\n")
@@ -113,8 +154,11 @@ def _made(
     name: str,
     arguments: Sequence[str],
     convert: Callable[[tarfile.TarFile, IO[bytes]], None],
+    architecture: Architecture,
 ) -> Path:
     """Return what `convert` makes of mmdebstrap's output, from the cache if it is there."""
+    if architecture is not AMD64:
+        name = f"{architecture.debian}-{name}"
     recipe = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:12]
     file = CACHE / f"{name}-{recipe}"
     if file.exists():
@@ -123,7 +167,7 @@ def _made(
     command = [
         need_command("mmdebstrap"),
         "--quiet",
-        "--architectures=amd64",
+        f"--architectures={architecture.debian}",
         *arguments,
         _mirror(),
     ]
