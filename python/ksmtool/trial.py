@@ -20,11 +20,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
-from ksmtool import install, process, program
+from ksmtool import group, install, process, program
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import ENDING, PAGE_SIZE, Ksm, undisturbed
 from ksmtool.process import Memory
-from ksmtool.wrap import plan_for
+from ksmtool.wrap import plan_for, show
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
@@ -56,6 +56,8 @@ class Arm:
     """Words put before the command."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables set for the copies."""
+    group: str | None = None
+    """The group whose layout the copies get; its secret is removed when they have ended."""
 
 
 def plain_arm() -> Arm:
@@ -71,11 +73,41 @@ def wrap_arm(command: Sequence[str]) -> Arm:
     return Arm("wrap", prefix=prefix, env={"KSM_PRELOAD": ""})
 
 
-def arms_named(names: Sequence[str], command: Sequence[str]) -> list[Arm]:
-    """Return the arms so named, in that order. Raises KsmtoolError for one unknown or twice."""
+def group_arm(command: Sequence[str], follow: bool = False) -> Arm:
+    """Return the arm that starts `command` as `ksmtool wrap --group` would, in a group of its own.
+
+    With `follow` what the copies exec joins too. Raises KsmtoolError with status 4 if the program
+    cannot have a layout.
+    """
+    environ = {name: text for name, text in os.environ.items() if name != "KSM_PRELOAD"}
+    name = f"try-{os.getpid()}"
+    wanted = group.Wanted(name, required=True, follow=follow)
+    target, plan = plan_for(command, environ=environ, wanted=wanted)
+    reason = ""
+    if target is not None:
+        shown = show(plan.options, command, environ)
+        reason = shown.fault or shown.obstacle
+        group.discard(name)  # to be asked draws it
+    if reason:
+        raise KsmtoolError(
+            f"{command[0]} cannot have the layout of a group: {reason}.",
+            "Leave the arm group away.",
+            ExitStatus.UNSUPPORTED,
+        )
+    prefix = (install.wrapper(), *plan.options, "--")
+    return Arm("group", prefix=prefix, env={"KSM_PRELOAD": ""}, group=name)
+
+
+def arms_named(names: Sequence[str], command: Sequence[str], follow: bool = False) -> list[Arm]:
+    """Return the arms so named, in that order; `follow` is for the arm group.
+
+    Raises KsmtoolError with status 2 for one unknown or twice, and with status 4 for the arm group
+    of a program that cannot have a layout.
+    """
     known: dict[str, Callable[[], Arm]] = {
         "plain": plain_arm,
         "wrap": lambda: wrap_arm(command),
+        "group": lambda: group_arm(command, follow),
     }
     for name in names:
         if name not in known or names.count(name) > 1:
@@ -124,6 +156,8 @@ class ArmResult:
     passes: int
     settled: bool
     opted_in: bool
+    members: int | None = None
+    """Processes that have the layout of the arm's group; None without one."""
     others_opted_in: int = 0
     """Opted-in processes that are not of this trial: counters and ksmd's CPU are theirs too."""
     drive_status: int | None = None
@@ -228,11 +262,19 @@ class Fleet:
         """Return the sum over all processes of the fleet."""
         return process.total(self.pids())
 
+    def members(self) -> int | None:
+        """Count the processes of the fleet that have its group's layout; None without a group."""
+        if self.arm.group is None:
+            return None
+        return len(set(self.pids()).intersection(group.members(self.arm.group)))
+
     def check(self) -> None:
         """Raise KsmtoolError if a copy has died, with the last lines of its stderr.
 
-        A copy that ended with status 0 and left processes behind is a daemon, not dead.
+        A copy that ended with status 0 and left processes behind is a daemon, not dead. Orphans
+        that have ended are collected: ours as their subreaper, such as the layouts' helpers.
         """
+        self._collect()
         for number, child in enumerate(self._children, 1):
             status = child.poll()
             if status is None or (status == 0 and self._left_behind(number)):
@@ -243,6 +285,9 @@ class Fleet:
                 "measured.",
                 self._last_words(number)
                 or "It must run until it is ended; it said nothing on stderr.",
+                ExitStatus.UNSUPPORTED
+                if self.arm.group and status == ExitStatus.UNSUPPORTED
+                else ExitStatus.FAILED,
             )
 
     def _left_behind(self, number: int) -> bool:
@@ -285,16 +330,22 @@ class Fleet:
         for file in self._stderr:
             file.close()
         self._children, self._stderr = [], []
+        if self.arm.group is not None:
+            group.discard(self.arm.group)
 
-    def _reap(self) -> list[int]:
-        """Collect what has ended and return what has not."""
-        ours = {child.pid: child for child in self._children}
+    def _collect(self) -> None:
+        """Wait for orphans that have ended, so that no zombie is left to look like a process."""
+        ours = {child.pid for child in self._children}
         for pid in self.pids() if process.PROC.joinpath("self").exists() else []:
             if pid not in ours:
                 try:
                     os.waitpid(pid, os.WNOHANG)
                 except ChildProcessError:
                     continue
+
+    def _reap(self) -> list[int]:
+        """Collect what has ended and return what has not."""
+        self._collect()
         # Without /proc the copies themselves are still known.
         alive = [child.pid for child in self._children if child.poll() is None]
         return list({*alive, *(self.pids() if process.PROC.joinpath("self").exists() else [])})
@@ -391,6 +442,7 @@ def _run_arm(
                 drive_status = _drive(options.drive, fleet)
             fleet.check()
             memory = fleet.memory()
+            members = fleet.members()
             cpu_after = ksm.ksmd_cpu_seconds()
             others = process.opted_in_elsewhere(fleet.pids())
             if memory.opted_in and found["run"] != "1":
@@ -417,6 +469,7 @@ def _run_arm(
         passes=passes,
         settled=settled,
         opted_in=memory.opted_in > 0,
+        members=members,
         others_opted_in=others,
         seconds=seconds,
         drive_status=drive_status,
