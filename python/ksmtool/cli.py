@@ -152,8 +152,9 @@ def try_(
 ) -> None:
     """Run copies of COMMAND with and without KSM and measure what it saves and costs.
 
-    Each copy runs in a session of its own and knows its number as $KSMTOOL_COPY. KSM is turned on
-    for as long as the trial takes, and every setting is put back, also after Ctrl-C.
+    Each copy runs in a session of its own and knows its number as $KSMTOOL_COPY, there with leading
+    zeros: a variable of another length is a difference in memory. KSM is turned on for as long as
+    the trial takes, and every setting is put back, also after Ctrl-C.
     """
     from pathlib import Path  # noqa: PLC0415
 
@@ -238,7 +239,8 @@ def group_forget(name: str) -> None:
     alive = groups.forget(name)
     click.echo(f"Forgot group {name}: the next program started in it draws a new layout.")
     if alive:
-        click.echo(f"{alive} processes keep the old one until they end.")
+        keep = "1 process keeps" if alive == 1 else f"{alive} processes keep"
+        click.echo(f"{keep} the old one until {'it ends' if alive == 1 else 'they end'}.")
 
 
 @contextmanager

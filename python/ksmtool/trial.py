@@ -191,6 +191,15 @@ class Trial:
     ksm_was_on: bool
 
 
+def copy_text(number: int, copies: int) -> str:
+    """Return $KSMTOOL_COPY: the number with leading zeros, equally long for all copies.
+
+    Python and PHP keep strings of one character once and for all, but allocate longer ones: behind
+    that, all memory lies elsewhere, and of 20 copies in a group 9 and 11 would be equal.
+    """
+    return str(number).zfill(len(str(copies)))
+
+
 class Fleet:
     """N running copies of a command with all their descendants; ends them when left.
 
@@ -230,7 +239,7 @@ class Fleet:
 
     def _start(self, number: int) -> None:
         words = [*self.arm.prefix, *(word.replace("{i}", str(number)) for word in self.command)]
-        env = {**os.environ, **self.arm.env, "KSMTOOL_COPY": str(number)}
+        env = {**os.environ, **self.arm.env, "KSMTOOL_COPY": copy_text(number, self.copies)}
         # "" in an arm's environment means: not set.
         env = {name: value for name, value in env.items() if value or name not in self.arm.env}
         stderr = tempfile.TemporaryFile()  # noqa: SIM115 - stop() closes it
@@ -291,7 +300,7 @@ class Fleet:
             )
 
     def _left_behind(self, number: int) -> bool:
-        mark = f"KSMTOOL_COPY={number}".encode()
+        mark = f"KSMTOOL_COPY={copy_text(number, self.copies)}".encode()
         for pid in self.pids():
             try:
                 if mark in (process.PROC / str(pid) / "environ").read_bytes().split(b"\0"):
@@ -545,7 +554,11 @@ def wait_ready(fleet: Fleet, options: Options, say: Say = _silent) -> None:
     while True:
         fleet.check()
         if options.ready_file is not None:
-            missing = [path for path in _ready_files(options) if not path.exists()]
+            missing = [
+                path
+                for path, other in zip(_ready_files(options), _ready_files(options, padded=True))
+                if not path.exists() and not other.exists()
+            ]
             waiting_for = f"{len(missing)} ready files, first {missing[0]}" if missing else ""
         elif options.ready_port is not None:
             closed = [port for port in _ready_ports(options) if not _accepts(port)]
@@ -578,11 +591,16 @@ def _stopped_growing(samples: Sequence[tuple[int, int]], window: int = 10) -> bo
     )
 
 
-def _ready_files(options: Options) -> list[Path]:
+def _ready_files(options: Options, padded: bool = False) -> list[Path]:
+    """Return the ready file of every copy, by its number or, if `padded`, by its $KSMTOOL_COPY."""
     if options.ready_file is None:
         return []
     return [
-        Path(options.ready_file.replace("{i}", str(number)))
+        Path(
+            options.ready_file.replace(
+                "{i}", copy_text(number, options.copies) if padded else str(number)
+            )
+        )
         for number in range(1, options.copies + 1)
     ]
 
@@ -595,7 +613,7 @@ def _refuse_ready_already(options: Options) -> None:
                     f"Port {port} of 127.0.0.1 accepts before the copies start.",
                     "Stop what listens there, or name another with --ready-port.",
                 )
-    for path in _ready_files(options):
+    for path in (*_ready_files(options), *_ready_files(options, padded=True)):
         if path.exists():
             raise KsmtoolError(
                 f"The ready file {path} exists before the copies start.",
@@ -604,7 +622,7 @@ def _refuse_ready_already(options: Options) -> None:
 
 
 def _remove_ready_files(options: Options) -> None:
-    for path in _ready_files(options):
+    for path in (*_ready_files(options), *_ready_files(options, padded=True)):
         with suppress(OSError):  # gone, or not a file
             path.unlink()
 
