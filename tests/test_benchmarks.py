@@ -73,14 +73,14 @@ def test_apache50(tmp_path: Path) -> None:
 
 
 def test_entropy(tmp_path: Path) -> None:
-    before = group.files()
+    before = set(group.files())
     results = measure(tmp_path, "entropy", "--starts", "30", "--twice", "5")
     assert (results["again"], results["differing"]) == (5, 0)
     for way in ("plain", "group"):
         for region in ("program", "mmap (loader)", "heap", "stack", "vdso"):
             assert results[way][region]["varying"] >= 28, (way, region)
             assert 26 < results[way][region]["entropy"] < 32, (way, region)
-    assert group.files() == before
+    assert not [name for name in set(group.files()) - before if name.startswith("entropy-")]
 
 
 def test_spread_of_what_is_known() -> None:
@@ -97,12 +97,12 @@ def test_spread_of_what_is_known() -> None:
 
 
 def test_start(tmp_path: Path) -> None:
-    before = group.files()
+    before = set(group.files())
     results = measure(tmp_path, "start", "--rounds", "2")
     assert set(results) == {
         "median_ms", "wrapper_adds_ms", "group_adds_ms", "wrap_of_import_click",
     }  # fmt: skip
-    assert group.files() == before
+    assert not [name for name in set(group.files()) - before if name.startswith("start-")]
 
 
 @pytest.mark.slow

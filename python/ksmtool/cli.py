@@ -208,7 +208,8 @@ def group() -> None:
 
 @group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of the table.")
-def group_list(as_json: bool) -> None:
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def group_list(as_json: bool, names: tuple[str, ...]) -> None:
     """List this user's groups: their members alive, their memory, and what merging spares.
 
     anon. MB is what the members would use if no page of theirs were shared; used MB is what they
@@ -219,7 +220,7 @@ def group_list(as_json: bool) -> None:
     from ksmtool import group as groups  # noqa: PLC0415
     from ksmtool import report  # noqa: PLC0415
 
-    found = groups.listed()
+    found = groups.listed(names)
     if as_json:
         click.echo(report.groups_as_json(found))
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,9 +115,22 @@ def measure(name: str, pids: Iterable[int]) -> Group:
     )
 
 
-def listed() -> list[Group]:
-    """Return all groups of this user, measured. Raises KsmtoolError."""
-    return [measure(name, members(name)) for name in files()]
+def listed(names: Sequence[str] = ()) -> list[Group]:
+    """Return the groups so named, or all of this user's, measured. Raises KsmtoolError."""
+    known = files()
+    for name in names:
+        require_valid(name)
+        if name not in known:
+            raise _unknown(name, known)
+    return [measure(name, members(name)) for name in names or known]
+
+
+def _unknown(name: str, known: Iterable[str]) -> KsmtoolError:
+    others = ", ".join(other for other in known if other != name)
+    return KsmtoolError(
+        f"There is no group {name}.",
+        f"Groups of this user: {others}." if others else "This user has no group.",
+    )
 
 
 def forget(name: str) -> int:
@@ -131,11 +144,7 @@ def forget(name: str) -> int:
         alive = len(members(name)) if name in known else 0
         known[name].unlink()
     except (KeyError, FileNotFoundError):
-        others = ", ".join(other for other in known if other != name)
-        raise KsmtoolError(
-            f"There is no group {name}.",
-            f"Groups of this user: {others}." if others else "This user has no group.",
-        ) from None
+        raise _unknown(name, known) from None
     except OSError as error:
         raise KsmtoolError(f"Cannot remove {known[name]}: {error.strerror}.") from error
     return alive

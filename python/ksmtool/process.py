@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def merged(pids: Iterable[int], proc: Path = PROC) -> int | None:
     """Return the bytes that merging spares these processes, None where only root can tell.
 
     Mappings of pages that KSM has merged, less one page for each page of memory behind them; so
-    neither what forks share nor the copy that stays is counted. Takes about 0.3 s for a GB.
+    neither what forks share nor the copy that stays is counted. Takes about 1 s for 100 processes.
     """
     frames: Counter[int] = Counter()
     for pid in pids:
@@ -125,24 +126,29 @@ def merged(pids: Iterable[int], proc: Path = PROC) -> int | None:
     return spared * os.sysconf("SC_PAGE_SIZE")
 
 
-def _anonymous_frames(folder: Path) -> Iterator[int]:
-    """Yield the frame number of each anonymous page in RAM, 0 if it may not be known."""
+_RANGE_OR_ANONYMOUS = re.compile(rb"^(?:([0-9a-f]+)-([0-9a-f]+) |Anonymous: +([1-9]\d*) )", re.M)
+
+
+def _anonymous_frames(folder: Path) -> list[int]:
+    """Return the frame number of each anonymous page in RAM, 0 if it may not be known."""
     page = os.sysconf("SC_PAGE_SIZE")
-    span = (0, 0)
-    with (folder / "pagemap").open("rb", buffering=0) as pagemap, (folder / "smaps").open() as file:
-        for line in file:
-            start, dash, rest = line.split(" ", 1)[0].partition("-")
-            if dash:
-                span = (int(start, 16) // page, int(rest, 16) // page)
+    start = end = 0
+    frames: list[int] = []
+    with (folder / "pagemap").open("rb", buffering=0) as pagemap:
+        for found in _RANGE_OR_ANONYMOUS.finditer((folder / "smaps").read_bytes()):
+            if found[1]:
+                start, end = int(found[1], 16) // page, int(found[2], 16) // page
+                continue
             # Reservations of terabytes hold nothing: only what does is read.
-            elif line.startswith("Anonymous:") and line.split()[1] != "0":
-                for at in range(*span, 1 << 16):
-                    entries = array("Q")
-                    count = min(span[1] - at, 1 << 16)
-                    entries.frombytes(os.pread(pagemap.fileno(), 8 * count, 8 * at))
-                    for entry in entries:
-                        if entry & (_PRESENT | _FILE_OR_SHARED) == _PRESENT:
-                            yield entry & _FRAME
+            for at in range(start, end, 1 << 16):
+                entries = array("Q")
+                entries.frombytes(os.pread(pagemap.fileno(), 8 * min(end - at, 1 << 16), 8 * at))
+                frames += [
+                    entry & _FRAME
+                    for entry in entries
+                    if entry & (_PRESENT | _FILE_OR_SHARED) == _PRESENT
+                ]
+    return frames
 
 
 def descendants(pid: int, proc: Path = PROC, without: Iterable[int] = ()) -> list[int]:

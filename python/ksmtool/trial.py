@@ -203,7 +203,7 @@ def copy_text(number: int, copies: int) -> str:
 class Fleet:
     """N running copies of a command with all their descendants; ends them when left.
 
-    The process becomes their subreaper, so that a daemon's double fork does not hide it.
+    The process is their subreaper meanwhile, so that a daemon's double fork does not hide it.
     """
 
     def __init__(self, command: Sequence[str], arm: Arm, copies: int) -> None:
@@ -225,6 +225,7 @@ class Fleet:
                 self._start(number)
         except BaseException:
             self.stop()
+            process.control(_PR_SET_CHILD_SUBREAPER, 0)
             raise
         return self
 
@@ -236,6 +237,7 @@ class Fleet:
     ) -> None:
         """End every copy and descendant."""
         self.stop()
+        process.control(_PR_SET_CHILD_SUBREAPER, 0)
 
     def _start(self, number: int) -> None:
         words = [*self.arm.prefix, *(word.replace("{i}", str(number)) for word in self.command)]
