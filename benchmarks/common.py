@@ -106,7 +106,10 @@ def trial_parser(program: str, description: str) -> argparse.ArgumentParser:
     result = parser(description)
     result.prog = f"python3 -m benchmarks.{program}"
     result.add_argument(
-        "--arms", default="plain,wrap", metavar="ARM,...", help="of ksmtool try (plain,wrap)"
+        "--arms",
+        default="plain,wrap,group",
+        metavar="ARM,...",
+        help="of ksmtool try (plain,wrap,group)",
     )
     result.add_argument(
         "--pages-to-scan", type=int, default=5000, metavar="N", help="ksmd's rate (5000)"

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.entropy.__main__ import spread_of
 
 from conftest import Tree, need
+from ksmtool import group
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,15 +58,51 @@ def test_malloc(tmp_path: Path) -> None:
 @pytest.mark.ksm
 def test_fleet(tmp_path: Path) -> None:
     (trial,) = measure(tmp_path, "fleet", "-n", "2", "--only", "perl")["programs"].values()
-    assert [arm["name"] for arm in trial["arms"]] == ["plain", "wrap"]
-    assert [arm["memory"]["opted_in"] for arm in trial["arms"]] == [0, 2]
+    assert [arm["name"] for arm in trial["arms"]] == ["plain", "wrap", "group"]
+    assert [arm["memory"]["opted_in"] for arm in trial["arms"]] == [0, 2, 2]
+    assert [arm["members"] for arm in trial["arms"]] == [None, None, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.ksm
 def test_apache50(tmp_path: Path) -> None:
     results = measure(tmp_path, "apache50", "-n", "2", "--seconds", "3")
-    assert results
+    assert [arm["name"] for arm in results["arms"]] == ["plain", "wrap", "group"]
+    processes = {moment["memory"]["processes"] for moment in results["arms"][2]["moments"]}
+    assert processes == {moment["memory"]["opted_in"] for moment in results["arms"][2]["moments"]}
+
+
+def test_entropy(tmp_path: Path) -> None:
+    before = set(group.files())
+    results = measure(tmp_path, "entropy", "--starts", "30", "--twice", "5")
+    assert (results["again"], results["differing"]) == (5, 0)
+    for way in ("plain", "group"):
+        for region in ("program", "mmap (loader)", "heap", "stack", "vdso"):
+            assert results[way][region]["varying"] >= 28, (way, region)
+            assert 26 < results[way][region]["entropy"] < 32, (way, region)
+    assert not [name for name in set(group.files()) - before if name.startswith("entropy-")]
+
+
+def test_spread_of_what_is_known() -> None:
+    fixed = spread_of([4096] * 10)
+    assert (fixed.varying, fixed.equal_pairs, fixed.entropy) == (0, 45, 0)
+    few = spread_of([4096 * (number % 16) for number in range(16_000)])
+    assert (few.varying, few.step) == (4, 4096)
+    assert few.entropy == pytest.approx(4, abs=0.01)
+    many = spread_of([(number * 2654435761 % (1 << 28)) << 12 for number in range(4096)])
+    assert (many.varying, many.equal_pairs) == (28, 0)
+    assert many.entropy == pytest.approx(28, abs=0.1)
+    lopsided = spread_of([0] * 1000 + [1 << 40])
+    assert lopsided.entropy < 40 - 5
+
+
+def test_start(tmp_path: Path) -> None:
+    before = set(group.files())
+    results = measure(tmp_path, "start", "--rounds", "2")
+    assert set(results) == {
+        "median_ms", "wrapper_adds_ms", "group_adds_ms", "wrap_of_import_click",
+    }  # fmt: skip
+    assert not [name for name in set(group.files()) - before if name.startswith("start-")]
 
 
 @pytest.mark.slow

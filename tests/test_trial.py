@@ -126,11 +126,12 @@ def test_the_json_is_schema_1(tree: Tree, settings: Ksm) -> None:
     assert set(result["arms"][0]) == {
         "name", "memory", "anon_huge_before", "deduplicated_pages", "unique_pages",
         "volatile_pages", "zero_pages", "profit", "ksmd_cpu_seconds", "passes", "settled",
-        "opted_in", "others_opted_in", "drive_status", "saved", "saved_percent", "seconds",
+        "opted_in", "members", "others_opted_in", "drive_status", "saved", "saved_percent",
+        "seconds",
     }  # fmt: skip
     assert set(result["arms"][0]["memory"]) == {
-        "processes", "rss", "pss", "pss_anon", "anon_huge", "swap_pss", "merging_pages",
-        "zero_pages", "rmap_items", "opted_in",
+        "processes", "rss", "pss", "pss_anon", "anonymous", "anon_huge", "swap_pss",
+        "merging_pages", "zero_pages", "rmap_items", "opted_in",
     }  # fmt: skip
     assert result["arms"][0]["saved_percent"] is None  # there is no plain arm to be a part of
 

@@ -248,6 +248,51 @@ MEASURED = (
 )
 
 
+COMPARED = (
+    *("Arm", "Situation", "Pss_Anon MB", "of plain", "of best other arm"),
+    *("requests/s", "of plain", "ksmd CPU s, all"),
+)
+
+
+def comparison(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
+    """Return one row for each arm: PHP under siege and after it, requests/s of the longer siege."""
+    plain = [result for result in results if result.name == "plain"]
+    memory = plain[0].moments[-1].memory.pss_anon if plain else None
+    rate = _rate_of(plain[0]) if plain else None
+    rows: list[tuple[str, ...]] = []
+    for result in results:
+        last = result.moments[-1]
+        others = [
+            other.moments[-1].memory.pss_anon
+            for other in results
+            if other.name not in ("plain", "group", result.name)
+        ]
+        load = _rate_of(result)
+        spent = [moment.ksmd_cpu_seconds for moment in result.moments]
+        rows.append(
+            (
+                result.name,
+                _when(last),
+                _mb(last.memory.pss_anon),
+                _part(last.memory.pss_anon, memory),
+                _part(last.memory.pss_anon, min(others, default=None)),
+                "" if load is None else f"{load:.0f}",
+                _part(load, rate),
+                "?" if None in spent else f"{sum(second or 0 for second in spent):.1f}",
+            )
+        )
+    return rows
+
+
+def _rate_of(result: ArmResult) -> float | None:
+    loads = [moment.load for moment in result.moments if moment.load is not None]
+    return loads[-1].per_second if loads else None
+
+
+def _part(value: float | None, whole: float | None) -> str:
+    return "" if value is None or not whole else f"{value / whole:.3f}"
+
+
 def tables(results: Sequence[ArmResult]) -> list[str]:
     """Return Markdown: the classic table of each arm, what was measured of all, and notes."""
     parts = []
@@ -255,7 +300,12 @@ def tables(results: Sequence[ArmResult]) -> list[str]:
         rows = [_classic(moment) for moment in result.moments]
         parts.append(f"{result.name}\n\n{common.markdown(CLASSIC, rows)}")
     measured = [_measured(result.name, moment) for result in results for moment in result.moments]
-    return [*parts, common.markdown(MEASURED, measured), *notes(results)]
+    return [
+        *parts,
+        common.markdown(MEASURED, measured),
+        common.markdown(COMPARED, comparison(results)),
+        *notes(results),
+    ]
 
 
 def _classic(moment: Moment) -> tuple[str, ...]:

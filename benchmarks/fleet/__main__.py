@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import common
 
 from ksmtool.errors import ExitStatus, KsmtoolError
-from ksmtool.trial import Options, Trial, run
+from ksmtool.trial import ArmResult, Options, Trial, run
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -43,7 +43,7 @@ FLEETS = (
 )
 
 HEAD = (
-    *("Program", "Arm", "Processes", "Opted in", "Pss_Anon MB", "saved MB", "saved %"),
+    *("Program", "Arm", "Processes", "Opted in", "Pss_Anon MB", "of plain", "saved MB", "saved %"),
     *("ksmd CPU s", "Passes", "Settled"),
 )
 
@@ -104,6 +104,12 @@ def _trial(program: Program, interpreter: str, given: argparse.Namespace) -> Tri
         return run(command, common.trial_arms(given, command), options)
 
 
+def of_plain(arm: ArmResult, trial: Trial) -> str:
+    """Return the arm's Pss_Anon as a part of plain's, "" if there is no such arm."""
+    plain = [other.memory.pss_anon for other in trial.arms if other.name == "plain"]
+    return f"{arm.memory.pss_anon / plain[0]:.3f}" if plain and plain[0] else ""
+
+
 def _rows(name: str, trial: Trial) -> list[tuple[str, ...]]:
     return [
         (
@@ -112,6 +118,7 @@ def _rows(name: str, trial: Trial) -> list[tuple[str, ...]]:
             str(arm.memory.processes),
             str(arm.memory.opted_in),
             f"{arm.memory.pss_anon / 1e6:.1f}",
+            of_plain(arm, trial),
             "" if arm.saved is None else f"{arm.saved / 1e6:.1f}",
             "" if arm.saved_percent is None else f"{arm.saved_percent:.1f}",
             "?" if arm.ksmd_cpu_seconds is None else f"{arm.ksmd_cpu_seconds:.1f}",

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What the launchers cost at a program's start.
 
-`ksm-wrapper true` beside `true`, and `ksmtool wrap true` beside a Python that imports click, in
-turn; medians, and the median of the differences and ratios of a round.
+`ksm-wrapper true`, also in a group, beside `true`, and `ksmtool wrap true` beside a Python that
+imports click, in turn; medians, and the median of the differences and ratios of a round.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-from ksmtool import install
+from ksmtool import group, install
 
 
 def main() -> None:
@@ -24,29 +25,43 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=60, help="runs of each (default 60)")
     chosen = options.parse_args()
     ksmtool = str(Path(sys.executable).parent / "ksmtool")
+    name = f"start-{os.getpid()}"
+    in_group = [install.wrapper(), "--group", name, "--group-required"]
     commands = {
         "true": ["true"],
         "ksm-wrapper true": [install.wrapper(), "true"],
+        "ksm-wrapper --group true": [*in_group, "true"],
         "python3 -c 'import click'": [sys.executable, "-c", "import click"],
         "ksmtool wrap true": [ksmtool, "wrap", "-q", "true"],
     }
-    taken: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(chosen.rounds):
-        for name, command in commands.items():
-            start = time.perf_counter()
-            subprocess.run(command, check=True)
-            taken[name].append((time.perf_counter() - start) * 1000)
-    true, wrapper, click, wrap = taken.values()
+    try:
+        taken = _taken(commands, chosen.rounds)
+    finally:
+        group.discard(name)
+    true, wrapper, member, click, wrap = taken.values()
     results = {
         "median_ms": {name: statistics.median(times) for name, times in taken.items()},
         "wrapper_adds_ms": statistics.median(b - a for a, b in zip(true, wrapper)),
+        "group_adds_ms": statistics.median(b - a for a, b in zip(true, member)),
         "wrap_of_import_click": statistics.median(b / a for a, b in zip(click, wrap)),
     }
     for name, times in taken.items():
         print(f"{name:28}{statistics.median(times):8.2f} ms")
     print(f"ksm-wrapper adds {results['wrapper_adds_ms']:.2f} ms")
+    print(f"ksm-wrapper --group adds {results['group_adds_ms']:.2f} ms")
     print(f"ksmtool wrap is {results['wrap_of_import_click']:.2f} x import click")
     common.write_json(chosen.json, "start", results)
+
+
+def _taken(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
+    """Run all commands in turn and return the milliseconds that each run of each took."""
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run(command, check=True)
+            taken[name].append((time.perf_counter() - start) * 1000)
+    return taken
 
 
 if __name__ == "__main__":

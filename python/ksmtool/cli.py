@@ -49,16 +49,47 @@ def cli() -> None:
 )
 @click.option("--explain", is_flag=True, help="Say on stderr what is done and why, then do it.")
 @click.option("-q", "--quiet", is_flag=True, help="No line when KSM is off or nothing can be done.")
+@click.option(
+    "--group",
+    "group_name",
+    metavar="NAME",
+    help="Give COMMAND the secret memory layout and hash seeds that all programs so started share: "
+    "their equal data is equal bytes then. For programs that trust each other.",
+)
+@click.option("--group-required", is_flag=True, help="Do not run COMMAND without that layout.")
+@click.option("--no-hash-seed", is_flag=True, help="Leave hash seeds alone.")
+@click.option("--follow", is_flag=True, help="Let what COMMAND starts join the group, too.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def wrap(method: str, explain: bool, quiet: bool, command: tuple[str, ...]) -> None:
+def wrap(
+    method: str,
+    explain: bool,
+    quiet: bool,
+    group_name: str | None,
+    group_required: bool,
+    no_hash_seed: bool,
+    follow: bool,
+    command: tuple[str, ...],
+) -> None:
     """Run COMMAND opted in to KSM.
 
     This process becomes COMMAND, so the exit status is COMMAND's, 126 if it cannot be run and 127
     if it is not found. A unit file or a script had better call ksm-wrapper, which starts faster.
     """
+    from ksmtool import group as groups  # noqa: PLC0415
     from ksmtool import wrap as wrapping  # noqa: PLC0415
 
-    wrapping.run(command, method, explain, quiet)
+    wanted = None
+    if group_name is not None:
+        groups.require_valid(group_name)
+        wanted = groups.Wanted(group_name, group_required, not no_hash_seed, follow)
+    for option, given in (
+        ("--group-required", group_required),
+        ("--no-hash-seed", no_hash_seed),
+        ("--follow", follow),
+    ):
+        if given and wanted is None:
+            raise click.UsageError(f"{option} is about a group: it takes --group NAME, too.")
+    wrapping.run(command, method, explain, quiet, wanted=wanted)
 
 
 @cli.command("try", context_settings=_WRAPPING)
@@ -75,8 +106,10 @@ def wrap(method: str, explain: bool, quiet: bool, command: tuple[str, ...]) -> N
     default="plain,wrap",
     show_default=True,
     metavar="ARM,...",
-    help="What to compare: plain (without us), wrap (opted in).",
+    help="What to compare: plain (without us), wrap (opted in), group (opted in, with the secret "
+    "layout and hash seeds of a group of its own).",
 )
+@click.option("--follow", is_flag=True, help="Let what the copies start join the group, too.")
 @click.option(
     "--ready-file", metavar="PATH", help="A copy is ready when this exists; {i} as above."
 )
@@ -107,6 +140,7 @@ def wrap(method: str, explain: bool, quiet: bool, command: tuple[str, ...]) -> N
 def try_(
     copies: int,
     arms: str,
+    follow: bool,
     ready_file: str | None,
     ready_port: str | None,
     drive: str | None,
@@ -118,8 +152,9 @@ def try_(
 ) -> None:
     """Run copies of COMMAND with and without KSM and measure what it saves and costs.
 
-    Each copy runs in a session of its own and knows its number as $KSMTOOL_COPY. KSM is turned on
-    for as long as the trial takes, and every setting is put back, also after Ctrl-C.
+    Each copy runs in a session of its own and knows its number as $KSMTOOL_COPY, there with leading
+    zeros: a variable of another length is a difference in memory. KSM is turned on for as long as
+    the trial takes, and every setting is put back, also after Ctrl-C.
     """
     from pathlib import Path  # noqa: PLC0415
 
@@ -144,7 +179,10 @@ def try_(
             raise click.BadParameter(
                 f"{ready_port} is not PORT or BASE+{{i}}", param_hint="--ready-port"
             ) from error
-    chosen = trial.arms_named(arms.split(","), command)
+    names = arms.split(",")
+    if follow and "group" not in names:
+        raise click.UsageError("--follow is about the arm group.")
+    chosen = trial.arms_named(names, command, follow)
     options = trial.Options(
         copies=copies,
         ready_file=ready_file,
@@ -161,6 +199,49 @@ def try_(
         report.print_table(result, Console())
     if plot is not None:
         plotting.save(result, Path(plot))
+
+
+@cli.group()
+def group() -> None:
+    """Look at the groups of processes that share a secret layout, or forget one."""
+
+
+@group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of the table.")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def group_list(as_json: bool, names: tuple[str, ...]) -> None:
+    """List this user's groups: their members alive, their memory, and what merging spares.
+
+    anon. MB is what the members would use if no page of theirs were shared; used MB is what they
+    do use; saved MB is the part of the difference that merging accounts for, not fork.
+    """
+    from rich.console import Console  # noqa: PLC0415
+
+    from ksmtool import group as groups  # noqa: PLC0415
+    from ksmtool import report  # noqa: PLC0415
+
+    found = groups.listed(names)
+    if as_json:
+        click.echo(report.groups_as_json(found))
+    else:
+        report.print_groups(found, Console())
+
+
+@group.command("forget")
+@click.argument("name")
+def group_forget(name: str) -> None:
+    """Remove the secret of the group NAME.
+
+    Its members keep their layout until they end. What is started in a group of that name later gets
+    a new one, and shares nothing with them.
+    """
+    from ksmtool import group as groups  # noqa: PLC0415
+
+    alive = groups.forget(name)
+    click.echo(f"Forgot group {name}: the next program started in it draws a new layout.")
+    if alive:
+        keep = "1 process keeps" if alive == 1 else f"{alive} processes keep"
+        click.echo(f"{keep} the old one until {'it ends' if alive == 1 else 'they end'}.")
 
 
 @contextmanager

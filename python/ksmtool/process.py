@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+import re
+import sys
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +24,8 @@ class Memory:
     pss: int = 0
     pss_anon: int = 0
     """Anonymous memory, each page shared by n processes counted as 1/n: what KSM lowers."""
+    anonymous: int = 0
+    """Anonymous memory, each page counted in full in each process: as if none were shared."""
     anon_huge: int = 0
     """Transparent huge pages (AnonHugePages): KSM splits one to merge a part of it."""
     swap_pss: int = 0
@@ -58,6 +64,7 @@ def memory(pid: int, proc: Path = PROC) -> Memory | None:
         pss=kilobytes["Pss"],
         # Linux 5.4 (ee2ad71b0756); before it, what is not file-backed cannot be told from Pss.
         pss_anon=kilobytes.get("Pss_Anon", kilobytes["Pss"]),
+        anonymous=kilobytes.get("Anonymous", 0),
         anon_huge=kilobytes.get("AnonHugePages", 0),
         swap_pss=kilobytes.get("SwapPss", 0),
         merging_pages=int(stat.get("ksm_merging_pages", 0)),
@@ -84,6 +91,64 @@ def total(pids: Iterable[int], proc: Path = PROC) -> Memory:
         if one is not None:
             result += one
     return result
+
+
+_PRESENT, _FILE_OR_SHARED, _FRAME = 1 << 63, 1 << 61, (1 << 55) - 1  # admin-guide/mm/pagemap.rst
+_KPF_KSM = 1 << 21
+
+
+def merged(pids: Iterable[int], proc: Path = PROC) -> int | None:
+    """Return the bytes that merging spares these processes, None where only root can tell.
+
+    Mappings of pages that KSM has merged, less one page for each page of memory behind them; so
+    neither what forks share nor the copy that stays is counted. Takes about 1 s for 100 processes.
+    """
+    frames: Counter[int] = Counter()
+    for pid in pids:
+        try:
+            frames.update(_anonymous_frames(proc / str(pid)))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        except PermissionError:
+            return None
+    if 0 in frames:  # without CAP_SYS_ADMIN every frame is said to be 0
+        return None
+    spared = 0
+    try:
+        with (proc / "kpageflags").open("rb", buffering=0) as flags:
+            for frame, count in frames.items():
+                if count > 1:
+                    word = os.pread(flags.fileno(), 8, 8 * frame)
+                    if int.from_bytes(word, sys.byteorder) & _KPF_KSM:
+                        spared += count - 1
+    except OSError:
+        return None
+    return spared * os.sysconf("SC_PAGE_SIZE")
+
+
+_RANGE_OR_ANONYMOUS = re.compile(rb"^(?:([0-9a-f]+)-([0-9a-f]+) |Anonymous: +([1-9]\d*) )", re.M)
+
+
+def _anonymous_frames(folder: Path) -> list[int]:
+    """Return the frame number of each anonymous page in RAM, 0 if it may not be known."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = end = 0
+    frames: list[int] = []
+    with (folder / "pagemap").open("rb", buffering=0) as pagemap:
+        for found in _RANGE_OR_ANONYMOUS.finditer((folder / "smaps").read_bytes()):
+            if found[1]:
+                start, end = int(found[1], 16) // page, int(found[2], 16) // page
+                continue
+            # Reservations of terabytes hold nothing: only what does is read.
+            for at in range(start, end, 1 << 16):
+                entries = array("Q")
+                entries.frombytes(os.pread(pagemap.fileno(), 8 * min(end - at, 1 << 16), 8 * at))
+                frames += [
+                    entry & _FRAME
+                    for entry in entries
+                    if entry & (_PRESENT | _FILE_OR_SHARED) == _PRESENT
+                ]
+    return frames
 
 
 def descendants(pid: int, proc: Path = PROC, without: Iterable[int] = ()) -> list[int]:

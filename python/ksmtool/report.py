@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ksmtool.group import Group
 from ksmtool.kernel import PAGE_SIZE
 from ksmtool.trial import ArmResult, Trial
 
@@ -68,6 +70,12 @@ def sentences(trial: Trial) -> list[str]:
     for arm in trial.arms:
         if not arm.opted_in and arm.name != "plain":
             said.append(f"Warning: no process of arm {arm.name} was opted in.")
+        if arm.members is not None and arm.members < arm.memory.processes:
+            said.append(
+                f"Warning: only {arm.members} of the {arm.memory.processes} processes of arm "
+                f"{arm.name} have its layout: what a program execs has one of its own, unless "
+                "there is --follow."
+            )
         if not arm.settled:
             said.append(
                 f"Warning: arm {arm.name} was still merging when the time was up, after "
@@ -125,6 +133,37 @@ def _sentence(trial: Trial, arm: ArmResult) -> str:
         f"{_mb(plain.anonymous)} MB, {_mb(abs(saved))} MB "
         f"({abs(arm.saved_percent or 0):.1f} %) {verb}{cpu} {records}."
     )
+
+
+def groups_as_json(groups: Sequence[Group]) -> str:
+    """Return the groups as JSON, schema 1: sizes in bytes."""
+    return json.dumps({"schema": SCHEMA, "groups": [asdict(group) for group in groups]}, indent=2)
+
+
+def print_groups(groups: Sequence[Group], console: Console) -> None:
+    """Print one row for each group, then what is not known of them."""
+    if not groups:
+        console.print("This user has no group: ksmtool wrap --group NAME COMMAND makes one.")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("group", no_wrap=True)
+    for heading in ("members", "anon.\nMB", "used\nMB", "saved\nMB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group in groups:
+        saved = ("" if group.exact or not group.saved else "<= ") + _mb(group.saved)
+        sizes = (_mb(group.anonymous), _mb(group.pss_anon), saved)
+        table.add_row(Text(group.name), str(group.members), *sizes)
+    console.print(table)
+    notes = [
+        f"Warning: {group.unreadable} of the {group.members} members of {group.name} may not be "
+        "looked at: their memory is left out."
+        for group in groups
+        if group.unreadable
+    ]
+    if any(not group.exact for group in groups):
+        notes.append("Note: only root can tell what merging spares from what forks share.")
+    for line in notes:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _mb(size: float) -> str:

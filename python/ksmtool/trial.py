@@ -20,11 +20,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
-from ksmtool import install, process, program
+from ksmtool import group, install, process, program
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import ENDING, PAGE_SIZE, Ksm, undisturbed
 from ksmtool.process import Memory
-from ksmtool.wrap import plan_for
+from ksmtool.wrap import plan_for, show
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
@@ -56,6 +56,8 @@ class Arm:
     """Words put before the command."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables set for the copies."""
+    group: str | None = None
+    """The group whose layout the copies get; its secret is removed when they have ended."""
 
 
 def plain_arm() -> Arm:
@@ -71,11 +73,41 @@ def wrap_arm(command: Sequence[str]) -> Arm:
     return Arm("wrap", prefix=prefix, env={"KSM_PRELOAD": ""})
 
 
-def arms_named(names: Sequence[str], command: Sequence[str]) -> list[Arm]:
-    """Return the arms so named, in that order. Raises KsmtoolError for one unknown or twice."""
+def group_arm(command: Sequence[str], follow: bool = False) -> Arm:
+    """Return the arm that starts `command` as `ksmtool wrap --group` would, in a group of its own.
+
+    With `follow` what the copies exec joins too. Raises KsmtoolError with status 4 if the program
+    cannot have a layout.
+    """
+    environ = {name: text for name, text in os.environ.items() if name != "KSM_PRELOAD"}
+    name = f"try-{os.getpid()}"
+    wanted = group.Wanted(name, required=True, follow=follow)
+    target, plan = plan_for(command, environ=environ, wanted=wanted)
+    reason = ""
+    if target is not None:
+        shown = show(plan.options, command, environ)
+        reason = shown.fault or shown.obstacle
+        group.discard(name)  # to be asked draws it
+    if reason:
+        raise KsmtoolError(
+            f"{command[0]} cannot have the layout of a group: {reason}.",
+            "Leave the arm group away.",
+            ExitStatus.UNSUPPORTED,
+        )
+    prefix = (install.wrapper(), *plan.options, "--")
+    return Arm("group", prefix=prefix, env={"KSM_PRELOAD": ""}, group=name)
+
+
+def arms_named(names: Sequence[str], command: Sequence[str], follow: bool = False) -> list[Arm]:
+    """Return the arms so named, in that order; `follow` is for the arm group.
+
+    Raises KsmtoolError with status 2 for one unknown or twice, and with status 4 for the arm group
+    of a program that cannot have a layout.
+    """
     known: dict[str, Callable[[], Arm]] = {
         "plain": plain_arm,
         "wrap": lambda: wrap_arm(command),
+        "group": lambda: group_arm(command, follow),
     }
     for name in names:
         if name not in known or names.count(name) > 1:
@@ -124,6 +156,8 @@ class ArmResult:
     passes: int
     settled: bool
     opted_in: bool
+    members: int | None = None
+    """Processes that have the layout of the arm's group; None without one."""
     others_opted_in: int = 0
     """Opted-in processes that are not of this trial: counters and ksmd's CPU are theirs too."""
     drive_status: int | None = None
@@ -157,10 +191,19 @@ class Trial:
     ksm_was_on: bool
 
 
+def copy_text(number: int, copies: int) -> str:
+    """Return $KSMTOOL_COPY: the number with leading zeros, equally long for all copies.
+
+    Python and PHP keep strings of one character once and for all, but allocate longer ones: behind
+    that, all memory lies elsewhere, and of 20 copies in a group 9 and 11 would be equal.
+    """
+    return str(number).zfill(len(str(copies)))
+
+
 class Fleet:
     """N running copies of a command with all their descendants; ends them when left.
 
-    The process becomes their subreaper, so that a daemon's double fork does not hide it.
+    The process is their subreaper meanwhile, so that a daemon's double fork does not hide it.
     """
 
     def __init__(self, command: Sequence[str], arm: Arm, copies: int) -> None:
@@ -182,6 +225,7 @@ class Fleet:
                 self._start(number)
         except BaseException:
             self.stop()
+            process.control(_PR_SET_CHILD_SUBREAPER, 0)
             raise
         return self
 
@@ -193,10 +237,11 @@ class Fleet:
     ) -> None:
         """End every copy and descendant."""
         self.stop()
+        process.control(_PR_SET_CHILD_SUBREAPER, 0)
 
     def _start(self, number: int) -> None:
         words = [*self.arm.prefix, *(word.replace("{i}", str(number)) for word in self.command)]
-        env = {**os.environ, **self.arm.env, "KSMTOOL_COPY": str(number)}
+        env = {**os.environ, **self.arm.env, "KSMTOOL_COPY": copy_text(number, self.copies)}
         # "" in an arm's environment means: not set.
         env = {name: value for name, value in env.items() if value or name not in self.arm.env}
         stderr = tempfile.TemporaryFile()  # noqa: SIM115 - stop() closes it
@@ -228,11 +273,19 @@ class Fleet:
         """Return the sum over all processes of the fleet."""
         return process.total(self.pids())
 
+    def members(self) -> int | None:
+        """Count the processes of the fleet that have its group's layout; None without a group."""
+        if self.arm.group is None:
+            return None
+        return len(set(self.pids()).intersection(group.members(self.arm.group)))
+
     def check(self) -> None:
         """Raise KsmtoolError if a copy has died, with the last lines of its stderr.
 
-        A copy that ended with status 0 and left processes behind is a daemon, not dead.
+        A copy that ended with status 0 and left processes behind is a daemon, not dead. Orphans
+        that have ended are collected: ours as their subreaper, such as the layouts' helpers.
         """
+        self._collect()
         for number, child in enumerate(self._children, 1):
             status = child.poll()
             if status is None or (status == 0 and self._left_behind(number)):
@@ -243,10 +296,13 @@ class Fleet:
                 "measured.",
                 self._last_words(number)
                 or "It must run until it is ended; it said nothing on stderr.",
+                ExitStatus.UNSUPPORTED
+                if self.arm.group and status == ExitStatus.UNSUPPORTED
+                else ExitStatus.FAILED,
             )
 
     def _left_behind(self, number: int) -> bool:
-        mark = f"KSMTOOL_COPY={number}".encode()
+        mark = f"KSMTOOL_COPY={copy_text(number, self.copies)}".encode()
         for pid in self.pids():
             try:
                 if mark in (process.PROC / str(pid) / "environ").read_bytes().split(b"\0"):
@@ -285,16 +341,22 @@ class Fleet:
         for file in self._stderr:
             file.close()
         self._children, self._stderr = [], []
+        if self.arm.group is not None:
+            group.discard(self.arm.group)
 
-    def _reap(self) -> list[int]:
-        """Collect what has ended and return what has not."""
-        ours = {child.pid: child for child in self._children}
+    def _collect(self) -> None:
+        """Wait for orphans that have ended, so that no zombie is left to look like a process."""
+        ours = {child.pid for child in self._children}
         for pid in self.pids() if process.PROC.joinpath("self").exists() else []:
             if pid not in ours:
                 try:
                     os.waitpid(pid, os.WNOHANG)
                 except ChildProcessError:
                     continue
+
+    def _reap(self) -> list[int]:
+        """Collect what has ended and return what has not."""
+        self._collect()
         # Without /proc the copies themselves are still known.
         alive = [child.pid for child in self._children if child.poll() is None]
         return list({*alive, *(self.pids() if process.PROC.joinpath("self").exists() else [])})
@@ -391,6 +453,7 @@ def _run_arm(
                 drive_status = _drive(options.drive, fleet)
             fleet.check()
             memory = fleet.memory()
+            members = fleet.members()
             cpu_after = ksm.ksmd_cpu_seconds()
             others = process.opted_in_elsewhere(fleet.pids())
             if memory.opted_in and found["run"] != "1":
@@ -417,6 +480,7 @@ def _run_arm(
         passes=passes,
         settled=settled,
         opted_in=memory.opted_in > 0,
+        members=members,
         others_opted_in=others,
         seconds=seconds,
         drive_status=drive_status,
@@ -492,7 +556,11 @@ def wait_ready(fleet: Fleet, options: Options, say: Say = _silent) -> None:
     while True:
         fleet.check()
         if options.ready_file is not None:
-            missing = [path for path in _ready_files(options) if not path.exists()]
+            missing = [
+                path
+                for path, other in zip(_ready_files(options), _ready_files(options, padded=True))
+                if not path.exists() and not other.exists()
+            ]
             waiting_for = f"{len(missing)} ready files, first {missing[0]}" if missing else ""
         elif options.ready_port is not None:
             closed = [port for port in _ready_ports(options) if not _accepts(port)]
@@ -525,11 +593,16 @@ def _stopped_growing(samples: Sequence[tuple[int, int]], window: int = 10) -> bo
     )
 
 
-def _ready_files(options: Options) -> list[Path]:
+def _ready_files(options: Options, padded: bool = False) -> list[Path]:
+    """Return the ready file of every copy, by its number or, if `padded`, by its $KSMTOOL_COPY."""
     if options.ready_file is None:
         return []
     return [
-        Path(options.ready_file.replace("{i}", str(number)))
+        Path(
+            options.ready_file.replace(
+                "{i}", copy_text(number, options.copies) if padded else str(number)
+            )
+        )
         for number in range(1, options.copies + 1)
     ]
 
@@ -542,7 +615,7 @@ def _refuse_ready_already(options: Options) -> None:
                     f"Port {port} of 127.0.0.1 accepts before the copies start.",
                     "Stop what listens there, or name another with --ready-port.",
                 )
-    for path in _ready_files(options):
+    for path in (*_ready_files(options), *_ready_files(options, padded=True)):
         if path.exists():
             raise KsmtoolError(
                 f"The ready file {path} exists before the copies start.",
@@ -551,7 +624,7 @@ def _refuse_ready_already(options: Options) -> None:
 
 
 def _remove_ready_files(options: Options) -> None:
-    for path in _ready_files(options):
+    for path in (*_ready_files(options), *_ready_files(options, padded=True)):
         with suppress(OSError):  # gone, or not a file
             path.unlink()
 

@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from ksmtool import install, program
 from ksmtool.errors import ExitStatus, KsmtoolError
+from ksmtool.group import Wanted
 from ksmtool.kernel import Ksm
 
 TURN_ON = "echo 1 | sudo tee /sys/kernel/mm/ksm/run"
@@ -40,6 +41,8 @@ class Plan:
     """The program is started without ksm-wrapper, not opted in."""
     warn: bool = False
     """Say `why` unasked: the program will not be opted in though that was asked for."""
+    note: str = ""
+    """What else is to be said unasked."""
 
 
 def decide(target: program.Program, kernel: Kernel, method: str, off: bool = False) -> Plan:
@@ -108,6 +111,26 @@ def _obstacle(final: program.Program, method: str) -> str | None:
     return None
 
 
+def in_group(plan: Plan, path: str, wanted: Wanted) -> Plan:
+    """Return the plan with the group in it, as far as the program at `path` can be in one.
+
+    Raises KsmtoolError with status 4 if it cannot, and has to.
+    """
+    if plan.alone:
+        if wanted.required:
+            raise KsmtoolError(
+                f"{path} cannot have the layout of group {wanted.name}: it is left alone.",
+                plan.why,
+                ExitStatus.UNSUPPORTED,
+            )
+        return replace(plan, why=f"{plan.why}; so it is not in group {wanted.name}")
+    note = ""
+    if wanted.follow and "--no-preload" in plan.options:
+        wanted = replace(wanted, follow=False)
+        note = f"--follow does not reach what {path} starts: it takes a library in LD_PRELOAD"
+    return replace(plan, options=(*plan.options, *wanted.options()), note=note)
+
+
 def probe() -> Kernel:
     """Ask ksm-wrapper what this kernel can; costs two program starts, about 1 ms."""
     import subprocess  # noqa: PLC0415 - 5 ms that most runs do without
@@ -135,17 +158,23 @@ def run(
     quiet: bool = False,
     ksm: Ksm | None = None,
     environ: Mapping[str, str] = os.environ,
+    wanted: Wanted | None = None,
 ) -> NoReturn:
-    """Replace this process by the command, opted in. Raises KsmtoolError; returns never."""
+    """Replace this process by the command, opted in and in the group `wanted`.
+
+    Raises KsmtoolError, with status 4 for what cannot be done here; returns never.
+    """
     ksm = ksm or Ksm()
     setting = environ.get("KSM_PRELOAD")
-    target, plan = plan_for(command, method, environ, thorough=explain)
+    target, plan = plan_for(command, method, environ, thorough=explain, wanted=wanted)
 
     if explain:
-        for line in _explanation(target, plan, ksm, environ):
+        for line in _explanation(target, plan, ksm, environ, command):
             _tell(line)
     elif plan.warn and not quiet:
         _tell(plan.why)
+    if plan.note and not quiet:
+        _tell(plan.note)
     if setting not in (None, "", "off", "madvise") and not quiet:
         _tell(f"KSM_PRELOAD={setting} means nothing: it is off, madvise, or not set.")
     warning = ksm_warning(ksm)
@@ -168,12 +197,22 @@ def plan_for(
     method: str = "auto",
     environ: Mapping[str, str] = os.environ,
     thorough: bool = True,
+    wanted: Wanted | None = None,
 ) -> tuple[program.Program | None, Plan]:
-    """Return what the command is (None: not found) and the plan for it.
+    """Return what the command is (None: not found) and the plan for it, in the group `wanted`.
 
     If not `thorough`, a plan that ksm-wrapper would find by itself has no reason, and nothing is
-    probed. Raises KsmtoolError with status 4 if a forced method cannot work here.
+    probed. Raises KsmtoolError with status 4 if a forced method or required group cannot be here.
     """
+    target, plan = _plan_without_group(command, method, environ, thorough)
+    if wanted is None or environ.get("KSM_PRELOAD") == "off":
+        return target, plan
+    return target, in_group(plan, target.final.path if target else command[0], wanted)
+
+
+def _plan_without_group(
+    command: Sequence[str], method: str, environ: Mapping[str, str], thorough: bool
+) -> tuple[program.Program | None, Plan]:
     path = program.find(command[0], environ.get("PATH"))
     target = program.inspect(path, environ.get("PATH")) if path else None
     setting = environ.get("KSM_PRELOAD")
@@ -221,7 +260,11 @@ def _exec_alone(command: Sequence[str]) -> NoReturn:
 
 
 def _explanation(
-    target: program.Program | None, plan: Plan, ksm: Ksm, environ: Mapping[str, str]
+    target: program.Program | None,
+    plan: Plan,
+    ksm: Ksm,
+    environ: Mapping[str, str],
+    command: Sequence[str],
 ) -> list[str]:
     if target is None:
         return ["program: there is none of that name in PATH"]
@@ -236,8 +279,15 @@ def _explanation(
         f"plan:    {plan.why}",
     ]
     if not plan.alone:
-        shown = dict(line.split(" ", 1) for line in _show(plan.options, environ).splitlines())
-        lines.append(f"preload: LD_PRELOAD={shown['LD_PRELOAD']}")
+        shown = show(plan.options, command, environ)
+        if shown.fault:
+            return [*lines, f"ksm-wrapper will fail: {shown.fault}"]
+        lines.append(f"preload: LD_PRELOAD={shown.preload}")
+        if shown.group and shown.obstacle:
+            lines.append(f"group:   not {shown.group}: {shown.obstacle}")
+        elif shown.group:
+            seeds = f"hash seeds {', '.join(shown.seeds)}" if shown.seeds else "no hash seed"
+            lines.append(f"group:   the layout of {shown.group}, {seeds}")
     given = environ.get("LD_PRELOAD", "")
     for entry in given.replace(":", " ").split(" "):
         if "/" in entry and "$" not in entry and not os.access(entry, os.R_OK):
@@ -247,17 +297,47 @@ def _explanation(
     return lines
 
 
-def _show(options: Sequence[str], environ: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class Shown:
+    """What `ksm-wrapper --show` says it would do with a command."""
+
+    preload: str = ""
+    group: str = ""
+    """The group's name, "" for none."""
+    obstacle: str = ""
+    """Why the program cannot have the group's layout, "" if it can."""
+    seeds: tuple[str, ...] = ()
+    """Names of the variables and options by which hash seeds are set."""
+    fault: str = ""
+    """What it fails by; nothing else is known then."""
+
+
+def show(options: Sequence[str], command: Sequence[str], environ: Mapping[str, str]) -> Shown:
+    """Ask ksm-wrapper what it would do; draws the secret of a group that is new."""
     import subprocess  # noqa: PLC0415
 
-    return subprocess.run(
-        [install.wrapper(), *options, "--show"],
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+    done = subprocess.run(
+        [install.wrapper(), *options, "--show", "--", *command],
+        check=False,
+        capture_output=True,
         text=True,
         env=dict(environ),
-    ).stdout
+    )
+    if done.returncode != 0:
+        said = done.stderr.strip().removeprefix("ksm-wrapper: ")
+        return Shown(fault=said.partition("\n")[0])
+    preload = group = obstacle = ""
+    seeds = []
+    for line in done.stdout.splitlines():
+        key, _, value = line.partition(" ")
+        if key == "LD_PRELOAD":
+            preload = value
+        elif key == "group":
+            group, _, no = value.partition(" ")
+            obstacle = no.removeprefix("no ")
+        elif key == "seed":
+            seeds.append(value)
+    return Shown(preload, group, obstacle, tuple(seeds))
 
 
 def _yes(value: bool) -> str:
