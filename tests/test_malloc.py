@@ -273,6 +273,89 @@ def test_folder_with_a_bracket_in_its_name(
     assert {found[name] for name in [*FAMILY, "data", "bss"]} == {"yes"}
 
 
+# --- what the program took out ---
+
+TAKEN_OUT = """if True:
+    import ctypes, re, sys, threading
+    libc, size_t = ctypes.CDLL(None), ctypes.c_size_t
+    for name in ("malloc", "realloc", "sbrk"):
+        getattr(libc, name).restype = size_t
+    PAGE, BIG = 4096, 1 << 20
+    UNMERGEABLE = 13
+
+    def allocated(size):
+        memory = libc.malloc(size_t(size))
+        ctypes.memset(memory, 1, size)
+        return memory
+
+    def take_out(start, size=PAGE):
+        start &= -PAGE
+        assert libc.madvise(size_t(start), size_t(size), UNMERGEABLE) == 0
+        return start
+
+    def show(name, *ranges):
+        marks = []
+        for line in open("/proc/self/smaps"):
+            if re.match("[0-9a-f]+-", line):
+                start, end = (int(word, 16) for word in line.split()[0].split("-"))
+            elif line.startswith("VmFlags:"):
+                if any(start < at + size and at < end for at, size in ranges):
+                    marks.append(" mg" in line)
+        print(name, "yes" if all(marks) else "part" if any(marks) else "no")
+
+    # The last page of the heap, which is where the next growth begins.
+    last = take_out(libc.sbrk(0) - 1)
+    grown = [allocated(100_000) for _ in range(50)][-1]
+    show("heap_end", (last, PAGE))
+    show("heap_grown", (grown, 100_000))
+
+    # A large block of the heap: the next one there is marked by itself.
+    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    block, behind = allocated(BIG), allocated(BIG)
+    assert block < behind
+    inside = take_out(block + BIG // 2)
+    libc.free(size_t(block))
+    again = allocated(BIG)
+    assert again == block
+    show("block_again", (inside, PAGE))
+    show("rest_of_block", (block + PAGE, BIG // 4), (inside + PAGE, BIG // 4))
+
+    # An arena: the next thread takes over that of one that ended.
+    def of_thread(work):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    arena = []
+    of_thread(lambda: arena.append(take_out(allocated(100_000) + 50_000)))
+    for _ in range(3):
+        of_thread(lambda: arena.append(allocated(100_000)))
+    assert any(block >> 26 == arena[0] >> 26 for block in arena[1:])
+    show("arena_again", (arena[0], PAGE))
+    show("rest_of_arena", (arena[0] - 5 * PAGE, 4 * PAGE), (arena[0] + PAGE, 4 * PAGE))
+
+    # A copy that is loaded now has seen none of this.
+    second = ctypes.CDLL(sys.argv[1])
+    show("second_copy", (last, PAGE), (inside, PAGE), (arena[0], PAGE))
+
+    # One block for each of very many secrets.
+    blocks = [take_out(allocated(3 * PAGE) + PAGE) for _ in range(100)]
+    for _ in range(50):
+        allocated(100_000)
+    of_thread(lambda: allocated(BIG))
+    show("many", *((block, PAGE) for block in blocks), (last, PAGE), (inside, PAGE))
+"""
+
+
+def test_what_the_program_took_out_stays_out(preloaded: dict[str, str], tmp_path: Path) -> None:
+    second = tmp_path / "second.so"
+    shutil.copy(preloaded["LD_PRELOAD"], second)
+    found = marked(run([sys.executable, "-I", "-c", TAKEN_OUT, second], preloaded))
+    taken_out = ("heap_end", "block_again", "arena_again", "second_copy", "many")
+    others = ("heap_grown", "rest_of_block", "rest_of_arena")
+    assert found == {**dict.fromkeys(taken_out, "no"), **dict.fromkeys(others, "yes")}
+
+
 # --- it stops where the kernel says no ---
 
 
