@@ -386,6 +386,7 @@ static const struct link_map *loaded(void)
 extern ElfW(Dyn) _DYNAMIC[] __attribute__((visibility("hidden")));
 
 /* What one copy of this library asks another. */
+EXPORT bool ksm_preload_follows(void);
 EXPORT bool ksm_preload_follows(void)
 {
     return follow.on;
