@@ -26,6 +26,7 @@ from test_malloc import (  # noqa: F401 - tests and fixtures that run here as th
     test_contracts_of_malloc,
     test_mappings_below_the_heap,
     test_threshold_leaves_small_mappings_out,
+    test_what_the_program_took_out_stays_out,
     test_which_memory_is_marked,
 )
 from test_shim import (  # noqa: F401
