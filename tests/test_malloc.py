@@ -307,7 +307,7 @@ TAKEN_OUT = """if True:
     last = take_out(libc.sbrk(0) - 1)
     grown = [allocated(100_000) for _ in range(50)][-1]
     show("heap_end", (last, PAGE))
-    show("heap_grown", (grown, 100_000))
+    show("heap_grown", (last + PAGE, grown - last))
 
     # A large block of the heap: the next one there is marked by itself.
     libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
@@ -320,30 +320,42 @@ TAKEN_OUT = """if True:
     show("block_again", (inside, PAGE))
     show("rest_of_block", (block + PAGE, BIG // 4), (inside + PAGE, BIG // 4))
 
-    # An arena: the next thread takes over that of one that ended.
+    # At the end of the heap it is given back, and what comes there next is marked on both sides.
+    block = allocated(4 * BIG)
+    inside_last = take_out(block + 2 * BIG)
+    libc.free(size_t(block))
+    assert libc.sbrk(0) < inside_last
+    assert allocated(4 * BIG) == block
+    show("block_regrown", (block + PAGE, BIG), (inside_last + PAGE, BIG))
+
+    # An arena: a later thread takes over that of one that ended.
+    libc.mallopt(-8, 2)  # M_ARENA_MAX
+
     def of_thread(work):
-        thread = threading.Thread(target=work)
+        result = []
+        thread = threading.Thread(target=lambda: result.append(work()))
         thread.start()
         thread.join()
+        return result[0]
 
-    arena = []
-    of_thread(lambda: arena.append(take_out(allocated(100_000) + 50_000)))
-    for _ in range(3):
-        of_thread(lambda: arena.append(allocated(100_000)))
-    assert any(block >> 26 == arena[0] >> 26 for block in arena[1:])
-    show("arena_again", (arena[0], PAGE))
-    show("rest_of_arena", (arena[0] - 5 * PAGE, 4 * PAGE), (arena[0] + PAGE, 4 * PAGE))
+    def use_again(arena):
+        tries = (of_thread(lambda: allocated(50_000)) for _ in range(100))
+        assert any(block >> 26 == arena >> 26 for block in tries)
+
+    middle = of_thread(lambda: take_out(allocated(100_000) + 50_000))
+    use_again(middle)
+    show("arena_again", (middle, PAGE))
+    show("rest_of_arena", (middle - 5 * PAGE, 4 * PAGE), (middle + PAGE, 4 * PAGE))
 
     # A copy that is loaded now has seen none of this.
     second = ctypes.CDLL(sys.argv[1])
-    show("second_copy", (last, PAGE), (inside, PAGE), (arena[0], PAGE))
+    show("second_copy", (last, PAGE), (inside, PAGE), (middle, PAGE))
 
     # One block for each of very many secrets.
-    blocks = [take_out(allocated(3 * PAGE) + PAGE) for _ in range(100)]
-    for _ in range(50):
-        allocated(100_000)
-    of_thread(lambda: allocated(BIG))
-    show("many", *((block, PAGE) for block in blocks), (last, PAGE), (inside, PAGE))
+    blocks = of_thread(lambda: [take_out(allocated(3 * PAGE) + PAGE) for _ in range(100)])
+    use_again(blocks[0])
+    allocated(2 * BIG)
+    show("many", *((block, PAGE) for block in blocks), (last, PAGE), (inside, PAGE), (middle, PAGE))
 """
 
 
@@ -352,7 +364,7 @@ def test_what_the_program_took_out_stays_out(preloaded: dict[str, str], tmp_path
     shutil.copy(preloaded["LD_PRELOAD"], second)
     found = marked(run([sys.executable, "-I", "-c", TAKEN_OUT, second], preloaded))
     taken_out = ("heap_end", "block_again", "arena_again", "second_copy", "many")
-    others = ("heap_grown", "rest_of_block", "rest_of_arena")
+    others = ("heap_grown", "rest_of_block", "block_regrown", "rest_of_arena")
     assert found == {**dict.fromkeys(taken_out, "no"), **dict.fromkeys(others, "yes")}
 
 
@@ -700,8 +712,8 @@ def test_madvise_reaches_what_the_prctl_does(victims: Victims, tree: Tree, name:
     if name == "16 threads":
         # Each block above 128 KiB that glibc maps keeps a mapping of its own: it is written to
         # before it can be marked, and what was touched cannot be joined to a neighbour (mm/vma.c,
-        # is_mergeable_anon_vma).
-        assert_reached(found, lambda plain: 4 * plain)
+        # is_mergeable_anon_vma).  How many touch in the plain run varies.
+        assert_reached(found, lambda plain: 3 * plain)
     else:
         assert_reached(found)
 
