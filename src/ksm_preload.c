@@ -52,6 +52,7 @@ static struct {
     bool glibc;          /* the next family is glibc's, whose chunk headers tell what is where */
     uintptr_t heap;      /* start of the brk heap */
     uintptr_t heap_end;  /* its end when last seen: all below is marked */
+    uintptr_t quick_end; /* what is allocated below it needs no look; heap_end, but for after a trim */
     uintptr_t page_size;
     size_t threshold;    /* KSMP_MERGE_THRESHOLD: mappings below it are left alone */
     size_t blocks_left;  /* big blocks that may still become mappings of their own, see mark_block */
@@ -159,18 +160,34 @@ static COLD void take_out(uintptr_t start, uintptr_t end)
  *
  * The last page stays unmarked.  So the kernel lets the next growth extend that one's mapping, and
  * the mark then moves the boundary between the two; a heap marked to its end would get a new mapping at
- * each growth, which cannot be joined once touched (mm/vma.c, is_mergeable_anon_vma).
+ * each growth, which cannot be joined once touched (mm/vma.c, is_mergeable_anon_vma).  That is what a trim leaves;
+ * not each is followed by a growth, so the last page is taken out again when glibc begins to hand out what it kept
+ * there, its default M_TOP_PAD of 128 KiB (sysmalloc, systrim).
  */
 static COLD void follow_break(void)
 {
     uintptr_t now = current_break(), from = follow.heap_end - follow.page_size, moved;
+    uintptr_t kept = BIG + 2 * follow.page_size;
 
     if (now == 0) /* glibc has not asked for it yet: what was allocated is no heap */
         return;
-    if (now > follow.heap_end)
+    if (now > follow.heap_end) {
         mark(from > follow.heap ? from : follow.heap, now - follow.page_size);
+        kept = 0;
+    }
     moved = current_break(); /* by another thread: what was trimmed has to be marked again */
     follow.heap_end = moved < now ? moved : now;
+    follow.quick_end = follow.heap_end - follow.heap > kept ? follow.heap_end - kept : follow.heap;
+}
+
+/* Lets the next growth extend the heap's last mapping. */
+static COLD void unmark_last_page(void)
+{
+    int saved = errno;
+
+    syscall(SYS_madvise, follow.heap_end - follow.page_size, follow.page_size, MADV_UNMERGEABLE);
+    follow.quick_end = follow.heap_end;
+    errno = saved;
 }
 
 /* The word before an allocation of glibc: its size and, in the low bits, where it came from (malloc/malloc.c,
@@ -217,6 +234,8 @@ static COLD void follow_allocation(uintptr_t a)
         /* A trim and a growth to just the same end go unseen; only big ones are worth a look. */
         if (length >= BIG)
             mark(a, a + length);
+        if (a >= follow.quick_end)
+            unmark_last_page();
         return;
     }
     if (header & MMAPPED) {
@@ -248,7 +267,7 @@ static inline void *followed(void *memory, bool big)
 {
     uintptr_t a = (uintptr_t)memory;
 
-    if (likely(!big && a - follow.heap < follow.heap_end - follow.heap &&
+    if (likely(!big && a - follow.heap < follow.quick_end - follow.heap &&
                (uintptr_t)__curbrk == follow.heap_end))
         return memory;
     if (unlikely(big || (a & -ARENA_SIZE) != last_arena))
@@ -577,7 +596,7 @@ static COLD void follow_from_here(void)
     follow.threshold = threshold_from(environ);
     follow.blocks_left = block_budget();
     /* Where the heap will start; if there is one already, mark_everything finds its start. */
-    follow.heap = follow.heap_end = (uintptr_t)syscall(SYS_brk, 0);
+    follow.heap = follow.quick_end = follow.heap_end = (uintptr_t)syscall(SYS_brk, 0);
     follow.on = true;
     mark_everything();
     follow.glibc = follow.on && next_is_glibc();

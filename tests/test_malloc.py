@@ -365,7 +365,11 @@ def test_what_the_program_took_out_stays_out(preloaded: dict[str, str], tmp_path
     found = marked(run([sys.executable, "-I", "-c", TAKEN_OUT, second], preloaded))
     taken_out = ("heap_end", "block_again", "arena_again", "second_copy", "many")
     others = ("heap_grown", "rest_of_block", "block_regrown", "rest_of_arena")
-    assert found == {**dict.fromkeys(taken_out, "no"), **dict.fromkeys(others, "yes")}
+    assert {*found} == {*taken_out, *others}
+    assert {name: found[name] for name in taken_out} == dict.fromkeys(taken_out, "no")
+    # By the prctl Linux 6.12 extends what was taken out where the heap grows.
+    if preloaded.get("KSM_PRELOAD") == "madvise":
+        assert {name: found[name] for name in others} == dict.fromkeys(others, "yes")
 
 
 # --- it stops where the kernel says no ---
@@ -716,6 +720,30 @@ def test_madvise_reaches_what_the_prctl_does(victims: Victims, tree: Tree, name:
         assert_reached(found, lambda plain: 3 * plain)
     else:
         assert_reached(found)
+
+
+STACK_LIKE = """if True:
+    import ctypes, random
+    libc, source, blocks = ctypes.CDLL(None), random.Random(1), []
+    libc.malloc.restype = ctypes.c_size_t
+    for _ in range(100_000):
+        if source.random() < 0.52:
+            size = source.randrange(1000, 90_000)
+            blocks.append(ctypes.c_size_t(libc.malloc(ctypes.c_size_t(size))))
+            ctypes.memset(blocks[-1].value, 1, size)
+        elif blocks:
+            libc.free(blocks.pop())
+    print(sum("[heap]" in line for line in open("/proc/self/maps")))
+"""
+
+
+def test_heap_that_is_trimmed_and_grows_stays_in_one_piece(by_madvise: dict[str, str]) -> None:
+    """What was trimmed into marked memory and then grows would have a mapping more each time."""
+    command = [sys.executable, "-I", "-c", STACK_LIKE]
+    assert int(run(command).stdout) == 1
+    done = run(command, by_madvise)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) < 10
 
 
 @pytest.mark.slow
