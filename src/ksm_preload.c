@@ -43,18 +43,20 @@
 /* Its default M_TRIM_THRESHOLD and first M_MMAP_THRESHOLD. */
 #define BIG ((size_t)128 * 1024)
 /* A reservation of address space this large is not memory: before 6.18 ksmd walked its holes page by
- * page (CVE-2025-68211), for hours in the terabytes that V8 and the JVM reserve. */
+ * page (CVE-2025-68211), and V8 and the JVM reserve terabytes. */
 #define RESERVATION ((size_t)1024 * 1024 * 1024)
 
 static struct {
     bool on;             /* marking; off with the prctl, before the start and after a failure */
+    bool all;            /* the program has taken nothing out */
     bool glibc;          /* the next family is glibc's, whose chunk headers tell what is where */
     uintptr_t heap;      /* start of the brk heap */
     uintptr_t heap_end;  /* its end when last seen: all below is marked */
+    uintptr_t quick_end; /* what is allocated below it needs no look; heap_end, but for after a trim */
     uintptr_t page_size;
     size_t threshold;    /* KSMP_MERGE_THRESHOLD: mappings below it are left alone */
     size_t blocks_left;  /* big blocks that may still become mappings of their own, see mark_block */
-} follow;
+} follow = {.all = true};
 
 /* No further from a reservation's start is its first chunk, behind a heap_info of 32 to 48 bytes. */
 #define FIRST_CHUNK ((uintptr_t)128)
@@ -62,10 +64,26 @@ static struct {
 /* The reservation this thread allocated from last, which is marked. */
 #define NO_ARENA ((uintptr_t)1)
 static __thread uintptr_t last_arena __attribute__((tls_model("initial-exec"))) = NO_ARENA;
-/* One byte for each reservation of the 47-bit address space: nonzero if marked. Bytes, so that threads
- * need no atomic operation; what is never touched takes no memory. */
-#define ARENAS (sizeof(long) == 8 ? (size_t)1 << 21 : (size_t)4096)
-static unsigned char arena_marked[sizeof(long) == 8 ? 1 << 21 : 4096];
+/*
+ * Reservations that are marked, each at the place that its number has modulo the size.  They lie side by side; where two
+ * want one place, the older is only marked again when it is next seen.  A map of the whole address space would take
+ * a page of its own and one of page tables (benchmarks/footprint).  Whole words, so that threads
+ * need no atomic operation.
+ */
+#define ARENAS 256
+static uint32_t arenas_marked[ARENAS];
+
+/*
+ * What the program took out with madvise(MADV_UNMERGEABLE) of memory that is marked more than once: the heap and the
+ * arenas.  For more ranges than fit the marking ends.  MADV_DONTDUMP and MADV_WIPEONFORK, which often
+ * mean secrets, are no such word: the kernel does not heed them with the prctl, and what protects a secret has
+ * to hold everywhere (SECURITY.md).
+ */
+#define MOST_TAKEN_OUT 16
+static struct {
+    uintptr_t start, end;
+} taken_out[MOST_TAKEN_OUT];
+static unsigned taken_out_count;
 
 /* glibc's record of the break: exported, current, and spares a system call. */
 extern void *__curbrk __attribute__((weak));
@@ -76,7 +94,7 @@ static uintptr_t current_break(void)
 }
 
 /* Marks whole pages around [start, end). Raw, so that nobody's madvise hook sees it or calls us back. */
-static void mark(uintptr_t start, uintptr_t end)
+static void mark_new(uintptr_t start, uintptr_t end)
 {
     int saved = errno;
 
@@ -95,24 +113,81 @@ static void mark(uintptr_t start, uintptr_t end)
     errno = saved;
 }
 
+/* The same for memory that the program may have had before: without what it took out. */
+static void mark(uintptr_t start, uintptr_t end)
+{
+    start &= -follow.page_size;
+    for (unsigned i = 0; i < MOST_TAKEN_OUT && i < taken_out_count; i++) {
+        uintptr_t hole = taken_out[i].start;
+        uintptr_t hole_end = (taken_out[i].end + follow.page_size - 1) & -follow.page_size;
+
+        if (start < hole_end && hole < end) {
+            if (start < hole)
+                mark(start, hole);
+            if (hole_end < end)
+                mark(hole_end, end);
+            return;
+        }
+    }
+    mark_new(start, end);
+}
+
+/* Before the call, so that no thread marks it in between, and before our start, too. */
+static COLD void take_out(uintptr_t start, uintptr_t end)
+{
+    unsigned place;
+
+    follow.all = false;
+    /* A mapping of its own is marked but once. */
+    if (follow.on && arenas_marked[start / ARENA_SIZE % ARENAS] == 0 &&
+        (end <= follow.heap || start >= follow.heap_end))
+        return;
+    for (unsigned i = 0; i < MOST_TAKEN_OUT; i++)
+        if (taken_out[i].start <= start && end <= taken_out[i].end)
+            return;
+    place = taken_out_count < MOST_TAKEN_OUT ? __atomic_fetch_add(&taken_out_count, 1, __ATOMIC_RELAXED)
+                                             : MOST_TAKEN_OUT;
+    if (place >= MOST_TAKEN_OUT) {
+        follow.on = follow.glibc = false;
+        return;
+    }
+    taken_out[place].start = start;
+    taken_out[place].end = end;
+}
+
 /*
  * The break moved: by malloc, by free (a trim) or by the program itself.
  *
  * The last page stays unmarked.  So the kernel lets the next growth extend that one's mapping, and
  * the mark then moves the boundary between the two; a heap marked to its end would get a new mapping at
- * each growth, which cannot be joined once touched (mm/vma.c, is_mergeable_anon_vma): 277 more in a
- * Python with 160 MB.
+ * each growth, which cannot be joined once touched (mm/vma.c, is_mergeable_anon_vma).  That is what a trim leaves;
+ * not each is followed by a growth, so the last page is taken out again when glibc begins to hand out what it kept
+ * there, its default M_TOP_PAD of 128 KiB (sysmalloc, systrim).
  */
 static COLD void follow_break(void)
 {
     uintptr_t now = current_break(), from = follow.heap_end - follow.page_size, moved;
+    uintptr_t kept = BIG + 2 * follow.page_size;
 
     if (now == 0) /* glibc has not asked for it yet: what was allocated is no heap */
         return;
-    if (now > follow.heap_end)
+    if (now > follow.heap_end) {
         mark(from > follow.heap ? from : follow.heap, now - follow.page_size);
+        kept = 0;
+    }
     moved = current_break(); /* by another thread: what was trimmed has to be marked again */
     follow.heap_end = moved < now ? moved : now;
+    follow.quick_end = follow.heap_end - follow.heap > kept ? follow.heap_end - kept : follow.heap;
+}
+
+/* Lets the next growth extend the heap's last mapping. */
+static COLD void unmark_last_page(void)
+{
+    int saved = errno;
+
+    syscall(SYS_madvise, follow.heap_end - follow.page_size, follow.page_size, MADV_UNMERGEABLE);
+    follow.quick_end = follow.heap_end;
+    errno = saved;
 }
 
 /* The word before an allocation of glibc: its size and, in the low bits, where it came from (malloc/malloc.c,
@@ -138,7 +213,7 @@ static COLD void mark_block(uintptr_t start, uintptr_t end)
         return;
     follow.blocks_left--; /* two threads may count one: it is no more than a bound */
     /* All of it: mremap refuses a range of two mappings, and realloc would have to copy. */
-    mark(start, end);
+    mark_new(start, end);
 }
 
 /* Called for an allocation at A that is not known to lie in marked memory. */
@@ -146,6 +221,7 @@ static COLD void follow_allocation(uintptr_t a)
 {
     size_t header, length, before;
     uintptr_t arena;
+    uint32_t *place;
 
     if (current_break() != follow.heap_end)
         follow_break();
@@ -158,6 +234,8 @@ static COLD void follow_allocation(uintptr_t a)
         /* A trim and a growth to just the same end go unseen; only big ones are worth a look. */
         if (length >= BIG)
             mark(a, a + length);
+        if (a >= follow.quick_end)
+            unmark_last_page();
         return;
     }
     if (header & MMAPPED) {
@@ -169,18 +247,18 @@ static COLD void follow_allocation(uintptr_t a)
     }
     arena = a & -ARENA_SIZE;
     if (!(header & OTHER_ARENA)) {
-        mark(a, a + length); /* the main arena after a failed brk: single mappings */
+        if (follow.all) /* the main arena after a failed brk: single mappings */
+            mark(a, a + length);
         return;
     }
     /* One that was given back may return, unmarked, at the same address: with a new arena, which is where a
      * thread's first allocation comes from, or as a later part of one, when its first chunk is handed
      * out (in the first part, malloc_state is there). */
-    if (last_arena == NO_ARENA || a - arena < FIRST_CHUNK || arena / ARENA_SIZE >= ARENAS ||
-        !arena_marked[arena / ARENA_SIZE]) {
+    place = &arenas_marked[arena / ARENA_SIZE % ARENAS];
+    if (last_arena == NO_ARENA || a - arena < FIRST_CHUNK || *place != (uint32_t)(arena / ARENA_SIZE)) {
         /* The whole reservation at once: the flag stays when parts become writable later. */
         mark(arena, arena + ARENA_SIZE);
-        if (arena / ARENA_SIZE < ARENAS)
-            arena_marked[arena / ARENA_SIZE] = 1;
+        *place = (uint32_t)(arena / ARENA_SIZE);
     }
     last_arena = arena;
 }
@@ -189,7 +267,7 @@ static inline void *followed(void *memory, bool big)
 {
     uintptr_t a = (uintptr_t)memory;
 
-    if (likely(!big && a - follow.heap < follow.heap_end - follow.heap &&
+    if (likely(!big && a - follow.heap < follow.quick_end - follow.heap &&
                (uintptr_t)__curbrk == follow.heap_end))
         return memory;
     if (unlikely(big || (a & -ARENA_SIZE) != last_arena))
@@ -216,6 +294,8 @@ static inline void *followed(void *memory, bool big)
       (hint, length, prot, flags, file, offset), errno = ENOMEM; return MAP_FAILED)                \
     X(void *, mmap64, (void *hint, size_t length, int prot, int flags, int file, off64_t offset),  \
       (hint, length, prot, flags, file, offset), errno = ENOMEM; return MAP_FAILED)                \
+    X(int, madvise, (void *start, size_t length, int advice), (start, length, advice),             \
+      errno = ENOMEM; return -1)                                                                   \
     X(int, brk, (void *end), (end), errno = ENOMEM; return -1)                                     \
     X(void *, sbrk, (intptr_t by), (by), errno = ENOMEM; return (void *)-1)
 #define FUNCTIONS(X)                                                                               \
@@ -322,6 +402,34 @@ static const struct link_map *loaded(void)
     return &_r_debug != NULL ? _r_debug.r_map : NULL;
 }
 
+extern ElfW(Dyn) _DYNAMIC[] __attribute__((visibility("hidden")));
+
+/* What one copy of this library asks another. */
+EXPORT bool ksm_preload_follows(void);
+EXPORT bool ksm_preload_follows(void)
+{
+    return follow.on;
+}
+
+/*
+ * Whether this copy was opened late, behind the libc and so in nobody's way, and another follows already: that one has
+ * seen what the program took out, this one has not.
+ */
+static COLD bool followed_by_another(void)
+{
+    bool followed = false, late = false;
+
+    for (const struct link_map *map = loaded(); map != NULL && map->l_ld != _DYNAMIC; map = map->l_next) {
+        bool (*follows)(void) = (bool (*)(void))defined_in(map, "ksm_preload_follows");
+
+        if (follows != NULL)
+            followed = followed || follows();
+        else
+            late = late || defined_in(map, "malloc") != NULL;
+    }
+    return followed && late;
+}
+
 /*
  * Fills `next` with the first definition after ours in the loader's order.
  *
@@ -331,7 +439,6 @@ static const struct link_map *loaded(void)
  */
 static COLD void find_next(void)
 {
-    extern ElfW(Dyn) _DYNAMIC[] __attribute__((visibility("hidden")));
     static const struct {
         const char *name;
         size_t place;
@@ -483,11 +590,13 @@ static COLD bool next_is_glibc(void)
 
 static COLD void follow_from_here(void)
 {
+    if (followed_by_another())
+        return;
     follow.page_size = getauxval(AT_PAGESZ);
     follow.threshold = threshold_from(environ);
     follow.blocks_left = block_budget();
     /* Where the heap will start; if there is one already, mark_everything finds its start. */
-    follow.heap = follow.heap_end = (uintptr_t)syscall(SYS_brk, 0);
+    follow.heap = follow.quick_end = follow.heap_end = (uintptr_t)syscall(SYS_brk, 0);
     follow.on = true;
     mark_everything();
     follow.glibc = follow.on && next_is_glibc();
@@ -576,7 +685,7 @@ static void *followed_mapping(void *memory, size_t length, int prot, int flags)
     if (follow.on && memory != MAP_FAILED && length >= follow.threshold &&
         (flags & MAP_TYPE) == MAP_PRIVATE && (prot != PROT_NONE || length < RESERVATION) &&
         !(flags & (MAP_STACK | MAP_GROWSDOWN | MAP_HUGETLB)))
-        mark((uintptr_t)memory, (uintptr_t)memory + length);
+        mark_new((uintptr_t)memory, (uintptr_t)memory + length);
     return memory;
 }
 
@@ -591,6 +700,13 @@ EXPORT void *mmap64(void *hint, size_t length, int prot, int flags, int file, of
 {
     return followed_mapping(next.mmap64(hint, length, prot, flags, file, offset), length, prot,
                             flags);
+}
+
+EXPORT int madvise(void *start, size_t length, int advice)
+{
+    if (unlikely(advice == MADV_UNMERGEABLE))
+        take_out((uintptr_t)start, (uintptr_t)start + length);
+    return next.madvise(start, length, advice);
 }
 
 EXPORT int brk(void *end)

@@ -55,6 +55,31 @@ def test_malloc(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_programs(tmp_path: Path) -> None:
+    results = measure(tmp_path, "programs", "--quick")
+    for program in ("sort", "sqlite3", "python", "redis"):
+        need(program in results, f"{program} is not installed")
+        assert results[program]["no preload"]["median"] == 1
+        assert results[program]["libksm_preload.so, madvise"]["seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.ksm
+def test_footprint(tmp_path: Path) -> None:
+    """Pages are counted, not timed: a library that writes to one page more is found here."""
+    results = measure(tmp_path, "footprint", "--rounds", "5")
+    for arms in results.values():
+        empty = arms["empty library"]
+        plain = arms["no preload"]["mappings"]["median"]
+        assert 0 < empty["anonymous"]["median"] < 5
+        for name in ("libksm_preload.so, prctl", "libksm_preload.so, madvise"):
+            ours = arms[name]
+            for kind in ("anonymous", "page tables"):
+                assert ours[kind]["median"] < empty[kind]["median"] + 1.5, (name, kind)
+            assert ours["mappings"]["median"] <= 1.1 * plain + 10
+
+
+@pytest.mark.slow
 @pytest.mark.ksm
 def test_fleet(tmp_path: Path) -> None:
     (trial,) = measure(tmp_path, "fleet", "-n", "2", "--only", "perl")["programs"].values()
