@@ -44,7 +44,8 @@ KERNELS = {
 
 # Of tests/programs: as what they are compiled here for there.
 PROGRAMS = {
-    "dynamic": "again contracts end maps marked pages whereabouts pointers refuse report start threads",
+    "dynamic": "again contracts end maps marked pages pointers refuse report start threads"
+    " whereabouts",
     "no-pie": "contracts whereabouts report",
     "now": "contracts",
     "static": "pages whereabouts report start",
