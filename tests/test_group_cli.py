@@ -280,7 +280,7 @@ def test_saved_is_what_ksm_merged_not_what_forks_share(
     with Members(tree, name) as members:
         pids = [members.add(victims("pages"), 7, pages, 100) for _ in range(3)]
         ksm.write("run", 1)
-        wait_until(lambda: ksm.counters().pages_sharing >= 2 * pages, 60, "all is merged")
+        wait_until(lambda: process.total(pids).merging_pages >= 3 * pages, 60, "all is merged")
         ksm.write("run", 0)
         found = listed(tree, name)
         shared = found["anonymous"] - found["pss_anon"]

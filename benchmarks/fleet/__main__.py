@@ -27,17 +27,20 @@ SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 @dataclass(frozen=True)
 class Program:
-    """A worker: `interpreter file READY_FILE`."""
+    """A worker: `interpreter option... file READY_FILE`."""
 
     name: str
     interpreter: str
     file: str
     copies: int
+    options: tuple[str, ...] = ()
 
 
 FLEETS = (
     Program("CPython", "python3", "python.py", 20),
     Program("Node", "node", "node.js", 15),
+    # V8's helper threads (garbage collection, compiling) place objects as they happen to run.
+    Program("Node-single", "node", "node.js", 15, ("--single-threaded",)),
     Program("Perl", "perl", "perl.pl", 20),
     Program("PHP", "php", "php.php", 20),
 )
@@ -99,7 +102,7 @@ def _trial(program: Program, interpreter: str, given: argparse.Namespace) -> Tri
             pages_to_scan=given.pages_to_scan,
             sleep_millisecs=given.sleep_millisecs,
         )
-        command = (interpreter, str(PROGRAMS / program.file), ready)
+        command = (interpreter, *program.options, str(PROGRAMS / program.file), ready)
         common.say(f"{program.name}: {options.copies} copies")
         return run(command, common.trial_arms(given, command), options)
 
