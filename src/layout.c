@@ -928,6 +928,8 @@ const char *layout_begin(const struct layout *layout, const char *name, const ch
     /* RLIMIT_STACK chooses no place there: it is cut to five sixths of the address space (mm/util.c). */
     if ((uint64_t)(uintptr_t)&legacy >> 46 == 0)
         return "this kernel gives programs less than 47 bits of addresses (CONFIG_ARM64_VA_BITS)";
+    if (getauxval(AT_SYSINFO_EHDR) == 0)
+        return "this kernel gives programs no vdso (boot option vdso=0)";
     if (getpid() == 1)
         return "it would be PID 1 and get a child that it does not know: start it below an init such as tini";
     /* Not by number: a PID namespace may have its parent's /proc. */
