@@ -99,7 +99,8 @@ struct tracee {
 };
 
 #ifdef KSM_FAULTS
-/* For tests only: the step of that number fails, kills the helper, or is when the program gets signals. */
+/* For tests only: the step of that number fails, or kills the helper, or the program gets signals: KSM_SIGNALS
+ * is STEP:SIGNAL,... */
 static pid_t faulted;
 
 static bool is_step(const char *variable, int step)
@@ -113,15 +114,17 @@ static bool fault(void)
 {
     static int steps;
     const char *signals = getenv("KSM_SIGNALS");
+    int step, number;
 
     steps++;
     if (is_step("KSM_DIE_AT", steps))
         raise(SIGKILL);
-    for (bool send = is_step("KSM_SIGNAL_AT", steps) && faulted != 0; send; signals++) {
-        kill(faulted, atoi(signals));
+    while (faulted != 0 && signals != NULL && sscanf(signals, "%d:%d", &step, &number) == 2) {
+        if (step == steps)
+            kill(faulted, number);
         signals = strchr(signals, ',');
-        if (signals == NULL)
-            break;
+        if (signals != NULL)
+            signals++;
     }
     errno = EIO;
     return is_step("KSM_FAIL_AT", steps);
@@ -779,17 +782,14 @@ static void watch(pid_t pid, int proc, const struct layout *layout, const struct
         int error = errno;
         const char *step = t.step;
 
-        if (is_gone(&t))
-            return;
-        if (!required && exec_again(&t, old)) {
-            say(name, "runs with an ordinary layout", step, error);
-        } else if (is_gone(&t)) {
-            return;
-        } else {
+        if (required || !exec_again(&t, old)) {
+            if (is_gone(&t))
+                return;
             say(name, "is not run", step, error);
             end(&t, required ? UNSUPPORTED : CANNOT_EXEC);
             return;
         }
+        say(name, "runs with an ordinary layout", step, error);
     }
     t.stopped = t.stopped && !continued(&t);
     (void)ptrace(PTRACE_SETSIGMASK, pid, sizeof mask, &mask);

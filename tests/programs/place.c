@@ -171,10 +171,20 @@ static void check_auxv(void)
         wrong("AT_SYSINFO_EHDR");
 }
 
+static int keep_first(struct dl_phdr_info *info, size_t size, void *bias)
+{
+    (void)size;
+    *(unsigned long *)bias = info->dlpi_addr;
+    return 1;
+}
+
 static void check_record(const unsigned long field[53], char **argv)
 {
-    unsigned long code = (uintptr_t)&check_record, data = (uintptr_t)&initialised;
+    unsigned long code = (uintptr_t)&check_record, data = (uintptr_t)&initialised, bias = 0;
 
+    dl_iterate_phdr(keep_first, &bias);
+    printf("code %#lx %#lx\n", field[26] - bias, field[27] - bias);
+    printf("data %#lx %#lx\n", field[45] - bias, field[46] - bias);
     if (code < field[26] || code >= field[27])
         wrong("start_code, end_code");
     if (field[28] != (uintptr_t)(argv - 1) || field[28] % 16 != 0)
