@@ -272,7 +272,7 @@ __attribute__((noreturn)) static void become(char **argv, const struct group *gr
             error = errno;
             layout_cancel();
             /* Some security modules forbid an exec because it is traced. */
-            if (error == EPERM || error == EACCES)
+            if ((error == EPERM || error == EACCES) && target_is_executable(argv[0]))
                 ordinary(group, argv[0], strerror(error));
         }
     }

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* layout.c: which layouts there are, and the arithmetic that no run shows alone. */
+/* layout.c, image.c and tracee.c: which layouts there are, and the arithmetic that no run shows alone. */
+#include "../../src/image.c"
 #include "../../src/layout.c"
+#include "../../src/tracee.c"
 
 #include "check.h"
 
@@ -141,7 +143,7 @@ static void test_reading(void)
     t.proc = open("/proc/self", O_PATH | O_DIRECTORY | O_CLOEXEC);
     t.memory = openat(t.proc, "mem", O_RDONLY | O_CLOEXEC);
     CHECK(t.proc >= 0 && t.memory >= 0);
-    CHECK(find_syscall(&t));
+    CHECK(tracee_find_syscall(&t));
     CHECK(memcmp((const void *)(uintptr_t)t.syscall, syscall_code, sizeof syscall_code) == 0);
     CHECK(t.syscall % SYSCALL_ALIGNMENT == 0);
     CHECK(read_record(&t));
