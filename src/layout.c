@@ -70,6 +70,8 @@ struct layout layout_of(const struct group_secret *secret, uint64_t page)
 
 enum { UNSUPPORTED = 4, CANNOT_EXEC = 126 };
 
+enum { ERESTARTSYS = 512 }; /* the kernel's own; only a tracer sees it */
+
 /* Where the kernel puts programs without randomization (ELF_ET_DYN_BASE): two thirds up. */
 #if defined(__x86_64__)
 #define PROGRAMS UINT64_C(0x555555554000)
@@ -250,16 +252,20 @@ static bool next_stop(struct tracee *t, int event)
 /* Has the program make a system call. Returns what that did; -1 and errno on any failure. */
 static int64_t call(struct tracee *t, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e)
 {
-    struct user_regs_struct regs = t->entry;
+    struct user_regs_struct regs;
     long result;
 
     if (fault())
         return -1;
-    set_call(&regs, number, (const uint64_t[]){a, b, c, d, e});
-    *instruction_pointer(&regs) = t->syscall;
-    if (!set_registers(t, &regs) || !next_stop(t, 0) || !next_stop(t, 0) || !get_registers(t, &regs))
-        return -1;
-    result = call_result(&regs);
+    /* mremap() of what is open to KSM returns at once if a SIGSTOP has come (mm/ksm.c, unmerge_ksm_pages). */
+    do {
+        regs = t->entry;
+        set_call(&regs, number, (const uint64_t[]){a, b, c, d, e});
+        *instruction_pointer(&regs) = t->syscall;
+        if (!set_registers(t, &regs) || !next_stop(t, 0) || !next_stop(t, 0) || !get_registers(t, &regs))
+            return -1;
+        result = call_result(&regs);
+    } while (result == -ERESTARTSYS);
     if (result < 0 && result > -4096) {
         errno = (int)-result;
         return -1;
