@@ -48,6 +48,8 @@ bool tracee_fault(void)
 }
 #endif
 
+enum { ERESTARTSYS = 512 }; /* the kernel's own; only a tracer sees it */
+
 #if defined(__x86_64__)
 static const unsigned char syscall_code[] = {0x0f, 0x05}; /* syscall */
 enum { SYSCALL_ALIGNMENT = 1 };
@@ -155,17 +157,21 @@ bool tracee_next_stop(struct tracee *t, int event)
 
 int64_t tracee_call(struct tracee *t, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e)
 {
-    struct user_regs_struct regs = t->entry;
+    struct user_regs_struct regs;
     long result;
 
     if (tracee_fault())
         return -1;
-    tracee_set_call(&regs, number, (const uint64_t[]){a, b, c, d, e});
-    *tracee_instruction_pointer(&regs) = t->syscall;
-    if (!tracee_set_registers(t, &regs) || !tracee_next_stop(t, 0) || !tracee_next_stop(t, 0) ||
-        !tracee_get_registers(t, &regs))
-        return -1;
-    result = call_result(&regs);
+    /* mremap() of what is open to KSM returns at once if a SIGSTOP has come (mm/ksm.c, unmerge_ksm_pages). */
+    do {
+        regs = t->entry;
+        tracee_set_call(&regs, number, (const uint64_t[]){a, b, c, d, e});
+        *tracee_instruction_pointer(&regs) = t->syscall;
+        if (!tracee_set_registers(t, &regs) || !tracee_next_stop(t, 0) || !tracee_next_stop(t, 0) ||
+            !tracee_get_registers(t, &regs))
+            return -1;
+        result = call_result(&regs);
+    } while (result == -ERESTARTSYS);
     if (result < 0 && result > -4096) {
         errno = (int)-result;
         return -1;

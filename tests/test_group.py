@@ -531,6 +531,7 @@ def test_stopped_group_of_processes(public_tree: Tree, victims: Victims, group: 
 
 def test_control_c_in_a_terminal(public_tree: Tree, victims: Victims, group: str) -> None:
     command = [str(part) for part in (*in_group(public_tree, group), victims("place"), "--wait")]
+    own_name = comm(os.getpid())
     for when in ("at once", "when it runs"):
         pid, terminal = pty.fork()
         if pid == 0:
@@ -540,17 +541,20 @@ def test_control_c_in_a_terminal(public_tree: Tree, victims: Victims, group: str
             while b"ready" not in output:
                 output += os.read(terminal, 1000)
         else:
-            wait_until(lambda pid=pid: has_terminal(pid), 10, "it has a terminal")  # type: ignore[misc]
+            # And not Python any more, which would take the signal.
+            wait_until(
+                lambda pid=pid: comm(pid) != own_name,  # type: ignore[misc]
+                10,
+                "it is exec'ed",
+            )
         os.write(terminal, b"\x03")
         _, status = os.waitpid(pid, 0)
         os.close(terminal)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
 
 
-def has_terminal(pid: int) -> bool:
-    """Whether the foreground process group of the process's terminal is its own."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return fields[2] == fields[5]
+def comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text()
 
 
 # --- tools find everything ---

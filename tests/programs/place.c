@@ -265,7 +265,7 @@ static void check_stack(void)
         (char *)&local >= (char *)start + size)
         wrong("pthread_getattr_np");
     else
-        printf("stack_size %zu\n", (size + (1 << 17)) >> 18);
+        printf("stack_size %zu\n", (size + (1 << 16)) >> 18);
     pthread_attr_destroy(&attributes);
     pthread_attr_init(&attributes);
     pthread_attr_getstacksize(&attributes, &size);
