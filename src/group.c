@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -113,42 +114,60 @@ static int open_folder(char path[PATH_MAX])
 
 static const char *folder_fault(const char *path)
 {
-    if (errno == EPERM)
+    if (errno == EPERM || errno == ENOTDIR || errno == ELOOP)
         return because("%s is not this user's own, or open to others", path);
     return because("cannot make %s: %s", path, strerror(errno));
+}
+
+/*
+ * Makes a file that has no name yet, or where the file system cannot do that, one whose name begins with a dot, which no
+ * group's does. Not the PID: containers that share the folder have the same ones.
+ */
+static int make_file(int folder, char name[32])
+{
+    mode_t before = umask(0); /* may be one that takes from the owner, too */
+    int file = openat(folder, ".", O_WRONLY | O_TMPFILE | O_CLOEXEC, 0600);
+    uint64_t number;
+
+    name[0] = '\0';
+    if (file < 0 && getrandom(&number, sizeof number, 0) == (ssize_t)sizeof number) {
+        snprintf(name, 32, ".new-%016" PRIx64, number);
+        file = openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    }
+    (void)umask(before);
+    return file;
 }
 
 /* Draws a secret and gives it the name, unless another process was quicker: both have an answer then. */
 static const char *draw(int folder, const char *path, const char *name)
 {
     struct group_secret secret;
-    uint64_t number;
-    char unfinished[32];
+    char unfinished[32], link[64];
     const char *fault = NULL;
+    struct rlimit most;
     ssize_t written = -1;
-    mode_t before;
     int file;
 
-    if (getrandom(&secret, sizeof secret, 0) != (ssize_t)sizeof secret ||
-        getrandom(&number, sizeof number, 0) != (ssize_t)sizeof number)
+    if (getrandom(&secret, sizeof secret, 0) != (ssize_t)sizeof secret)
         return because("cannot draw a secret: %s", strerror(errno));
-    /* A whole file appears at once: nobody ever reads half a secret. No group's name begins with a dot. Not
-     * the PID: containers that share the folder have the same ones. */
-    snprintf(unfinished, sizeof unfinished, ".new-%016" PRIx64, number);
-    before = umask(0);
-    file = openat(folder, unfinished, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    (void)umask(before);
+    if (getrlimit(RLIMIT_FSIZE, &most) == 0 && most.rlim_cur < sizeof secret)
+        return because("cannot write %s/%s: the limit on the size of files is too low (ulimit -f)", path, name);
+    /* A whole file appears at once: nobody ever reads half a secret. */
+    file = make_file(folder, unfinished);
     if (file >= 0)
         written = write(file, &secret, sizeof secret);
     if (written >= 0 && written < (ssize_t)sizeof secret)
         errno = ENOSPC;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
     if (written != (ssize_t)sizeof secret ||
-        (linkat(folder, unfinished, folder, name, 0) != 0 && errno != EEXIST))
+        ((unfinished[0] != '\0' ? linkat(folder, unfinished, folder, name, 0)
+                                : linkat(AT_FDCWD, link, folder, name, AT_SYMLINK_FOLLOW)) != 0 &&
+         errno != EEXIST))
         fault = because("cannot write %s/%s: %s", path, name, strerror(errno));
-    if (file >= 0) {
+    if (file >= 0)
         close(file);
+    if (file >= 0 && unfinished[0] != '\0')
         (void)unlinkat(folder, unfinished, 0);
-    }
     explicit_bzero(&secret, sizeof secret);
     return fault;
 }

@@ -35,6 +35,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+enum { KSM_PR_GET_MDWE = 66 }; /* include/uapi/linux/prctl.h, since 6.3 */
+
 /* --- what the kernel has made of the program --- */
 
 /* Fields 26 to 28 and 45 to 51 (proc_pid_stat(5)), as PR_SET_MM_MAP wants them. */
@@ -307,6 +309,16 @@ static bool move_mapping(struct tracee *t, const struct mapping *part, uint64_t 
                 part->start + offset) >= 0;
 }
 
+/*
+ * Whether the mapping may be made executable again: not under MemoryDenyWriteExecute=, be it by PR_SET_MDWE (6.3) or by
+ * systemd's filter of system calls. Asked without changing anything.
+ */
+static bool may_become_text(struct tracee *t, uint64_t start, uint64_t size)
+{
+    return tracee_try(t, SYS_prctl, KSM_PR_GET_MDWE, 0, 0, 0, 0) <= 0 &&
+           tracee_try(t, SYS_mprotect, start, size, PROT_READ | PROT_EXEC, 0, 0) == 0;
+}
+
 static bool move_program(struct tracee *t, uint64_t offset)
 {
     t->step = "moving the program";
@@ -317,8 +329,9 @@ static bool move_program(struct tracee *t, uint64_t offset)
         if (!move_mapping(t, part, offset))
             return false;
         /* mremap() tells perf nothing, but mprotect() does (mm/mprotect.c, perf_event_mmap). */
-        if (part->is_text && (tracee_call(t, SYS_mprotect, start, size, PROT_READ, 0, 0) < 0 ||
-                              tracee_call(t, SYS_mprotect, start, size, PROT_READ | PROT_EXEC, 0, 0) < 0))
+        if (part->is_text && may_become_text(t, start, size) &&
+            (tracee_call(t, SYS_mprotect, start, size, PROT_READ, 0, 0) < 0 ||
+             tracee_call(t, SYS_mprotect, start, size, PROT_READ | PROT_EXEC, 0, 0) < 0))
             return false;
     }
     return true;

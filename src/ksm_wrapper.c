@@ -215,10 +215,10 @@ static enum method opt_in(enum method asked)
 }
 
 struct group {
-    const char *name; /* NULL: none */
-    const char *comm; /* NULL: that of its file */
-    bool required, seeds, follow;
-    struct layout layout;
+    const char *name;  /* NULL: none */
+    const char *fault; /* why its secret cannot be had; NULL if it can */
+    bool seeds, follow;
+    struct layout_wish wish;
 };
 
 static void tell_seed(const char *name)
@@ -230,11 +230,11 @@ static void tell_seed(const char *name)
 static char **join(struct group *group, char **argv, void (*told)(const char *name))
 {
     struct group_secret secret;
-    const char *fault = group_open(group->name, &secret);
 
-    if (fault != NULL)
-        die(FAILED, "cannot use group %s: %s", group->name, fault);
-    group->layout = layout_of(&secret, (uint64_t)sysconf(_SC_PAGESIZE));
+    group->fault = group_open(group->name, &secret);
+    if (group->fault != NULL)
+        return argv;
+    group->wish.layout = layout_of(&secret, (uint64_t)sysconf(_SC_PAGESIZE));
     if (group->seeds && argv[0] != NULL) {
         argv = seed_set(&secret, argv, told);
         if (argv == NULL)
@@ -244,16 +244,17 @@ static char **join(struct group *group, char **argv, void (*told)(const char *na
     return argv;
 }
 
+/* Sets out for the layout; returns NULL, else why not. */
 static const char *begin(const struct group *group, const char *command)
 {
-    const char *why = target_obstacle(command);
+    const char *why = group->fault != NULL ? group->fault : target_obstacle(command);
 
-    return why != NULL ? why : layout_begin(&group->layout, command, group->comm, group->required);
+    return why != NULL ? why : layout_begin(&group->wish);
 }
 
 static void ordinary(const struct group *group, const char *command, const char *why)
 {
-    if (group->required)
+    if (group->wish.required)
         die(UNSUPPORTED, "%s cannot have the layout of group %s: %s", command, group->name, why);
     fprintf(stderr, "ksm-wrapper: %s runs with an ordinary layout: %s\n", command, why);
 }
@@ -281,16 +282,18 @@ __attribute__((noreturn)) static void become(char **argv, const struct group *gr
 }
 
 /* Has libksm_preload_follow.so bring what the command starts into the group. */
-static void set_follow(const struct group *group)
+static void set_follow(const struct group *group, const char *command)
 {
-    char own[PATH_MAX + 16], path[PATH_MAX], *state, *list;
+    char own[PATH_MAX], path[PATH_MAX], *state, *list;
+    /* In a program that loads no library nobody takes the mark away again, so none is set. */
+    int placed = command != NULL && target_loads_libraries(command) ? (int)getpid() : 0;
 
-    own_directory(own);
-    strcat(own, "/ksm-wrapper");
+    if (realpath("/proc/self/exe", own) == NULL)
+        die(FAILED, "cannot find this program: %s", strerror(errno));
     list = preload_list_with(getenv("LD_PRELOAD"), library_entry("libksm_preload_follow.so", path));
     if (list == NULL || setenv("LD_PRELOAD", list, 1) != 0 ||
-        asprintf(&state, "%010d:" FOLLOW_NO_COMM ":%c:%s:%s", (int)getpid(), group->seeds ? 's' : '-',
-                 group->name, own) < 0 ||
+        asprintf(&state, "%010d:" FOLLOW_NO_COMM ":%c:%u/%s:%s", placed, group->seeds ? 's' : '-',
+                 (unsigned)geteuid(), group->name, own) < 0 ||
         setenv(FOLLOW_VARIABLE, state, 1) != 0)
         die(FAILED, "cannot set LD_PRELOAD: %s", strerror(errno));
     free(state);
@@ -299,17 +302,20 @@ static void set_follow(const struct group *group)
 
 /*
  * Continues what libksm_preload_follow.so began: gives the program behind a descriptor the group's layout.
- * It ran without us when it was stopped, so it runs on in any case, and nothing is said.
+ * It ran without us when it was stopped, so it goes on whatever fails, and nothing is said.
  */
 __attribute__((noreturn)) static void resume(char *state, char **argv)
 {
-    struct group group = {.follow = true};
-    struct group_secret secret;
+    struct group group = {.seeds = state[FOLLOW_SEEDS] == 's'};
     char link[64], path[PATH_MAX] = "", comm[FOLLOW_COMM_SIZE + 1], name[PATH_MAX], pid[16];
     struct stat wanted, found;
-    int file = atoi(state + FOLLOW_MARK + 1);
+    unsigned user = 0;
+    int file = atoi(state + FOLLOW_MARK + 1), length = 0;
 
-    snprintf(name, sizeof name, "%.*s", (int)strcspn(state + FOLLOW_GROUP, ":"), state + FOLLOW_GROUP);
+    if (sscanf(state + FOLLOW_GROUP, "%u/%n", &user, &length) != 1)
+        user = UINT_MAX;
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(state + FOLLOW_GROUP + length, ":"),
+             state + FOLLOW_GROUP + length);
     snprintf(comm, sizeof comm, "%.*s", (int)strcspn(state + FOLLOW_COMM, "/"), state + FOLLOW_COMM);
     snprintf(pid, sizeof pid, "%010d", (int)getpid());
     memcpy(state + FOLLOW_MARK, pid, FOLLOW_MARK_SIZE);
@@ -320,13 +326,10 @@ __attribute__((noreturn)) static void resume(char *state, char **argv)
         wanted.st_ino != found.st_ino)
         strcpy(path, link); /* replaced or removed since */
 
-    group.comm = comm;
-    if (group_name_is_valid(name) && group_open(name, &secret) == NULL) {
-        char **seeded = state[FOLLOW_SEEDS] == 's' ? seed_set(&secret, argv, NULL) : argv;
-
-        argv = seeded != NULL ? seeded : argv;
-        group.layout = layout_of(&secret, (uint64_t)sysconf(_SC_PAGESIZE));
-        explicit_bzero(&secret, sizeof secret);
+    if (user == geteuid() && group_name_is_valid(name)) {
+        group.name = name;
+        group.wish.comm = comm;
+        argv = join(&group, argv, NULL);
         if (begin(&group, path) == NULL) {
             execv(path, argv);
             layout_cancel();
@@ -345,8 +348,12 @@ __attribute__((noreturn)) static void print_members(struct group *group)
 
     group->seeds = false;
     join(group, argv, NULL);
+    if (group->fault != NULL)
+        die(FAILED, "cannot use group %s: %s", group->name, group->fault);
     unsetenv("LD_PRELOAD");
-    why = layout_begin(&group->layout, name, NULL, true);
+    group->wish.name = name;
+    group->wish.required = true;
+    why = layout_begin(&group->wish);
     if (why != NULL)
         die(UNSUPPORTED, "no program can have the layout of group %s: %s", group->name, why);
     execv(self, argv);
@@ -378,7 +385,7 @@ int main(int argc, char **argv)
     };
     enum method method = AUTO;
     struct group group = {.seeds = true};
-    bool preload = true, show = false, off = false, members = false;
+    bool preload = true, show = false, off = false, members = false, groups = false;
     const char *fault;
     char *state = getenv(FOLLOW_VARIABLE);
     const char *settings = getenv("KSM_PRELOAD");
@@ -408,7 +415,7 @@ int main(int argc, char **argv)
             group.name = optarg;
             break;
         case GROUP_REQUIRED:
-            group.required = true;
+            group.wish.required = true;
             break;
         case NO_HASH_SEED:
             group.seeds = false;
@@ -424,10 +431,8 @@ int main(int argc, char **argv)
                 die(FAILED, "cannot read /proc: %s", strerror(errno));
             return written();
         case GROUPS:
-            fault = group_list(stdout);
-            if (fault != NULL)
-                die(FAILED, "%s", fault);
-            return written();
+            groups = true;
+            break;
         case SHOW:
             show = true;
             break;
@@ -450,10 +455,18 @@ int main(int argc, char **argv)
                 argv[optind - 1]);
         }
     }
-    if (group.name == NULL && (group.required || group.follow || members || !group.seeds))
+    if (group.name == NULL && (group.wish.required || group.follow || members || !group.seeds))
         die(USAGE, "an option that is about a group without --group NAME\nhint: try ksm-wrapper --help");
     if (group.follow && !preload)
         die(USAGE, "--follow works through a library, which --no-preload forbids");
+    if ((members || groups) && optind < argc)
+        die(USAGE, "%s runs no command, so '%s' means nothing", members ? "--members" : "--groups", argv[optind]);
+    if (groups) {
+        fault = group_list(stdout);
+        if (fault != NULL)
+            die(FAILED, "%s", fault);
+        return written();
+    }
     if (members)
         print_members(&group);
     if (optind >= argc && !show)
@@ -466,6 +479,9 @@ int main(int argc, char **argv)
 
     if (off) {
         (void)set_flag(0);
+        if (group.wish.required)
+            die(UNSUPPORTED, "KSM_PRELOAD=off leaves %s out, so it cannot be in a group",
+                argv[optind] != NULL ? argv[optind] : "it");
         group.name = NULL;
     } else {
         bool forced = method == MADVISE;
@@ -492,8 +508,9 @@ int main(int argc, char **argv)
     argv += optind;
     if (group.name != NULL)
         argv = join(&group, argv, show ? tell_seed : NULL);
+    group.wish.name = argv[0];
     if (group.name != NULL && group.follow)
-        set_follow(&group);
+        set_follow(&group, argv[0]);
     if (show && group.name != NULL && argv[0] != NULL) {
         fault = begin(&group, argv[0]); /* tried out, up to the exec */
         layout_cancel();

@@ -82,9 +82,10 @@ static bool wait_for_exec(pid_t pid)
     }
 }
 
-static void say(const char *name, const char *what, const char *step, int error)
+static void say(const struct layout_wish *wish, const char *what, const char *step, int error)
 {
-    fprintf(stderr, "ksm-wrapper: %s %s: %s failed: %s\n", name, what, step, strerror(error));
+    if (wish->name != NULL)
+        fprintf(stderr, "ksm-wrapper: %s %s: %s failed: %s\n", wish->name, what, step, strerror(error));
 }
 
 /* Whether a SIGCONT waits, which has come after any SIGSTOP then: each clears away the other. */
@@ -102,13 +103,29 @@ static bool continued(const struct tracee *t)
     return (all >> (SIGCONT - 1) & 1) != 0;
 }
 
+/* What is done about a program that could not be moved, errno saying why; false if it does not run. */
+static bool run_unmoved(struct tracee *t, const struct layout_wish *wish, const struct exec_settings *old)
+{
+    int error = errno;
+    const char *step = t->step;
+
+    if (!wish->required && image_exec_again(t, old)) {
+        say(wish, "runs with an ordinary layout", step, error);
+        return true;
+    }
+    if (!tracee_is_gone(t)) {
+        say(wish, "is not run", step, error);
+        image_end(t, wish->required ? UNSUPPORTED : CANNOT_EXEC);
+    }
+    return false;
+}
+
 /* Watches over one exec of PID, whose settings will be OLD again after it. */
-static void watch(pid_t pid, int proc, const struct layout *layout, const struct exec_settings *old, const char *name,
-                  const char *comm, bool required)
+static void watch(pid_t pid, int proc, const struct layout_wish *wish, const struct exec_settings *old)
 {
     struct tracee t = {.pid = pid, .proc = proc, .memory = -1, .page = (uint64_t)sysconf(_SC_PAGESIZE)};
     uint64_t blocked = UINT64_MAX, mask = 0;
-    bool done, masked;
+    bool masked;
 
     if (!wait_for_exec(pid))
         return;
@@ -117,21 +134,10 @@ static void watch(pid_t pid, int proc, const struct layout *layout, const struct
              ptrace(PTRACE_SETSIGMASK, pid, sizeof blocked, &blocked) == 0;
     t.step = "starting to trace";
     t.memory = openat(proc, "mem", O_RDWR | O_CLOEXEC);
-    done = masked && t.memory >= 0 && tracee_next_stop(&t, 0) && tracee_get_registers(&t, &t.entry) &&
-           image_move(&t, layout, comm, old);
-    if (!done) {
-        int error = errno;
-        const char *step = t.step;
-
-        if (required || !image_exec_again(&t, old)) {
-            if (tracee_is_gone(&t))
-                return;
-            say(name, "is not run", step, error);
-            image_end(&t, required ? UNSUPPORTED : CANNOT_EXEC);
-            return;
-        }
-        say(name, "runs with an ordinary layout", step, error);
-    }
+    if (!(masked && t.memory >= 0 && tracee_next_stop(&t, 0) && tracee_get_registers(&t, &t.entry) &&
+          image_move(&t, &wish->layout, wish->comm, old)) &&
+        !run_unmoved(&t, wish, old))
+        return;
     t.stopped = t.stopped && !continued(&t);
     (void)ptrace(PTRACE_SETSIGMASK, pid, sizeof mask, &mask);
     if (t.stopped)
@@ -184,6 +190,20 @@ static void restore_own_settings(void)
     (void)setrlimit(RLIMIT_STACK, &begun.old.stack);
 }
 
+/* Whether somebody traces this process. */
+static bool is_traced(void)
+{
+    FILE *file = fopen("/proc/self/status", "re");
+    char line[256];
+    int tracer = 0;
+
+    while (file != NULL && tracer == 0 && fgets(line, sizeof line, file) != NULL)
+        (void)sscanf(line, "TracerPid: %d", &tracer);
+    if (file != NULL)
+        fclose(file);
+    return tracer != 0;
+}
+
 /* Like fork(), but the child's end sends no SIGCHLD, which might stay pending over the exec. */
 static pid_t fork_quietly(void)
 {
@@ -191,8 +211,7 @@ static pid_t fork_quietly(void)
 }
 
 /* The helper's life. Its parent has told it to speak over the two pipes, and PROC is /proc/PID. */
-__attribute__((noreturn)) static void help(int from, int to, int proc, const struct layout *layout, const char *name,
-                                           const char *comm, bool required)
+__attribute__((noreturn)) static void help(int from, int to, int proc, const struct layout_wish *wish)
 {
     pid_t self = getpid(), pid;
     sigset_t all;
@@ -200,6 +219,7 @@ __attribute__((noreturn)) static void help(int from, int to, int proc, const str
 
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
+    (void)setrlimit(RLIMIT_CORE, &(struct rlimit){0, 0}); /* a filter may kill it */
     /* Nobody should wait for the end of a pipe because of the helper; its own last word goes to stderr. */
     for (int i = 0; i < 2; i++)
         if (i != from && i != to && i != proc)
@@ -215,14 +235,13 @@ __attribute__((noreturn)) static void help(int from, int to, int proc, const str
     if (write(to, &answer, sizeof answer) == sizeof answer && answer == 0) {
         close(from);
         close(to);
-        watch(pid, proc, layout, &begun.old, name, comm, required);
+        watch(pid, proc, wish, &begun.old);
     }
     _exit(0);
 }
 
 /* Starts the helper and has it trace this process. Returns 0, else an error number. */
-static int start_helper(const int to_helper[2], int from_helper[2], int proc, const struct layout *layout,
-                        const char *name, const char *comm, bool required)
+static int start_helper(const int to_helper[2], int from_helper[2], int proc, const struct layout_wish *wish)
 {
     pid_t self = getpid(), helper, middle = tracee_fault() ? -1 : fork_quietly();
     int answer, status = 0;
@@ -235,7 +254,7 @@ static int start_helper(const int to_helper[2], int from_helper[2], int proc, co
         if (helper == 0) {
             (void)close(to_helper[1]);
             (void)close(from_helper[0]);
-            help(to_helper[0], from_helper[1], proc, layout, name, comm, required);
+            help(to_helper[0], from_helper[1], proc, wish);
         }
         _exit(helper < 0 ? errno : 0);
     }
@@ -253,7 +272,7 @@ static int start_helper(const int to_helper[2], int from_helper[2], int proc, co
     return answer;
 }
 
-const char *layout_begin(const struct layout *layout, const char *name, const char *comm, bool required)
+const char *layout_begin(const struct layout_wish *wish)
 {
     int to_helper[2] = {-1, -1}, from_helper[2] = {-1, -1}, answer, legacy = 0, subreaper = 0, proc;
     const char *why;
@@ -268,7 +287,7 @@ const char *layout_begin(const struct layout *layout, const char *name, const ch
         return "the kernel is told to use the legacy memory layout (sysctl vm.legacy_va_layout)";
     /* RLIMIT_STACK chooses no place there: it is cut to five sixths of the address space (mm/util.c). */
     if ((uint64_t)(uintptr_t)&legacy >> 46 == 0)
-        return "this kernel gives programs less than 47 bits of addresses (CONFIG_ARM64_VA_BITS)";
+        return "the stack is not where 47 bits of addresses end (valgrind, an emulator, CONFIG_ARM64_VA_BITS)";
     if (getauxval(AT_SYSINFO_EHDR) == 0)
         return "this kernel gives programs no vdso (boot option vdso=0)";
     if (getpid() == 1)
@@ -279,7 +298,7 @@ const char *layout_begin(const struct layout *layout, const char *name, const ch
         snprintf(reason, sizeof reason, "/proc/self cannot be opened: %s", strerror(errno));
         return reason;
     }
-    why = change_settings(layout, &begun.old);
+    why = change_settings(&wish->layout, &begun.old);
     if (why != NULL) {
         close(proc);
         return why;
@@ -292,7 +311,7 @@ const char *layout_begin(const struct layout *layout, const char *name, const ch
     if (tracee_fault() || pipe2(to_helper, O_CLOEXEC) != 0 || pipe2(from_helper, O_CLOEXEC) != 0)
         answer = errno;
     else
-        answer = start_helper(to_helper, from_helper, proc, layout, name, comm, required);
+        answer = start_helper(to_helper, from_helper, proc, wish);
     close(proc);
     for (int i = 0; i < 2; i++) {
         if (to_helper[i] >= 0)
@@ -306,9 +325,12 @@ const char *layout_begin(const struct layout *layout, const char *name, const ch
     if (begun.active)
         return NULL;
     restore_own_settings();
+    (void)prctl(PR_SET_PTRACER, 0UL, 0UL, 0UL, 0UL);
+    if (answer == EPERM && is_traced())
+        return "it is traced already (by a debugger, or strace -f)";
     snprintf(reason, sizeof reason, "a helper cannot trace it: %s%s",
              answer == ECHILD ? "it was killed" : strerror(answer),
-             answer == EPERM ? " (kernel.yama.ptrace_scope, a seccomp filter, or another tracer)"
+             answer == EPERM ? " (kernel.yama.ptrace_scope, or a seccomp filter)"
              : answer == ECHILD ? " (a seccomp filter?)"
                                 : "");
     return reason;
@@ -334,12 +356,9 @@ void layout_cancel(void)
 
 #else
 
-const char *layout_begin(const struct layout *layout, const char *name, const char *comm, bool required)
+const char *layout_begin(const struct layout_wish *wish)
 {
-    (void)layout;
-    (void)name;
-    (void)comm;
-    (void)required;
+    (void)wish;
     return "groups exist on x86_64 and aarch64 only";
 }
 

@@ -24,15 +24,16 @@ struct layout {
 /* Returns the layout that the secret means on a machine with pages of that many bytes. */
 struct layout layout_of(const struct group_secret *secret, uint64_t page);
 
-/*
- * Makes the next exec of this process use the layout. Returns NULL, else why not, in static memory, with
- * nothing changed.
- *
- * NAME is what the helper calls the program if it fails during the exec. The program then runs with an
- * ordinary layout, or if REQUIRED ends with status 4. COMM is the name to give it in /proc/PID/comm;
- * NULL: the kernel's, of its file.
- */
-const char *layout_begin(const struct layout *layout, const char *name, const char *comm, bool required);
+/* What the next exec of this process is to come to. */
+struct layout_wish {
+    struct layout layout;
+    const char *name; /* of the program in messages; NULL: none is printed */
+    const char *comm; /* in /proc/PID/comm; NULL: as the kernel does it, that of the file */
+    bool required;    /* where the layout cannot be had, end with status 4; else run without */
+};
+
+/* Grants it. Returns NULL, else why it cannot be, in static memory, with nothing changed. */
+const char *layout_begin(const struct layout_wish *wish);
 
 /* Takes layout_begin() back, after an exec that failed: the helper lets go, nothing stays changed. */
 void layout_cancel(void);

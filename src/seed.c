@@ -25,10 +25,9 @@ static const struct flag {
     const char *runtime, *name, *format;
     enum group_word word;
 } flags[] = {
-    /* V8's; neither is allowed in NODE_OPTIONS (src/node_options.cc). */
-    {"node", "--random-seed", "--random-seed=%" PRIu32, GROUP_NODE},
+    /* V8's; not allowed in NODE_OPTIONS (src/node_options.cc). Its --random-seed would save a little more,
+     * but all members would draw the same numbers from Math.random(). */
     {"node", "--hash-seed", "--hash-seed=%" PRIu32, GROUP_NODE},
-    {"nodejs", "--random-seed", "--random-seed=%" PRIu32, GROUP_NODE},
     {"nodejs", "--hash-seed", "--hash-seed=%" PRIu32, GROUP_NODE},
 };
 
@@ -38,6 +37,27 @@ enum { VARIABLES = sizeof variables / sizeof *variables, FLAGS = sizeof flags / 
 static uint32_t seed_of(const struct group_secret *secret, enum group_word word)
 {
     return (uint32_t)(secret->words[word] % 0x7fffffff) + 1;
+}
+
+/* What we have set before is listed in the environment, as NAME=VALUE,...: it may be another group's. */
+static const char recorded[] = "KSM_PRELOAD_SEEDS";
+
+static bool is_users(const char *name)
+{
+    const char *value = getenv(name), *record = getenv(recorded);
+    size_t name_length = strlen(name), length = value != NULL ? strlen(value) : 0;
+
+    if (value == NULL)
+        return false;
+    while (record != NULL && *record != '\0') {
+        size_t size = strcspn(record, ",");
+
+        if (size == name_length + 1 + length && strncmp(record, name, name_length) == 0 &&
+            record[name_length] == '=' && strncmp(record + name_length + 1, value, length) == 0)
+            return false;
+        record += size + (record[size] == ',');
+    }
+    return true;
 }
 
 static bool has_flag(char *const *argv, const char *name)
@@ -56,21 +76,29 @@ static bool has_flag(char *const *argv, const char *name)
 char **seed_set(const struct group_secret *secret, char **argv, void (*told)(const char *name))
 {
     const char *slash = strrchr(argv[0], '/'), *runtime = slash != NULL ? slash + 1 : argv[0];
-    size_t words = 0, added = 0;
+    size_t words = 0, added = 0, length = 0;
+    char record[VARIABLES * 64];
+    bool set[VARIABLES];
     char **longer;
 
+    for (size_t i = 0; i < VARIABLES; i++)
+        set[i] = !is_users(variables[i].unless) && !is_users(variables[i].name);
     for (size_t i = 0; i < VARIABLES; i++) {
         const struct variable *row = &variables[i];
         char text[32];
 
-        if (getenv(row->unless) != NULL || getenv(row->name) != NULL)
+        if (!set[i])
             continue;
         snprintf(text, sizeof text, row->format, seed_of(secret, row->word));
         if (setenv(row->name, text, 1) != 0)
             return NULL;
+        length += (size_t)snprintf(record + length, sizeof record - length, "%s%s=%s", length > 0 ? "," : "",
+                                   row->name, text);
         if (told != NULL)
             told(row->name);
     }
+    if (length > 0 && setenv(recorded, record, 1) != 0)
+        return NULL;
 
     while (argv[words] != NULL)
         words++;

@@ -23,6 +23,12 @@ enum { OUR_MACHINE = EM_NONE };
 /* A script may name a script: the kernel follows five times (fs/exec.c, exec_binprm). */
 enum { INTERPRETERS = 5, HEAD = 256 /* BINPRM_BUF_SIZE, since 5.1 */ };
 
+/* How a file begins: as a script does, or as a program. */
+union head {
+    char text[HEAD + 1];
+    Elf64_Ehdr elf;
+};
+
 /* Finds COMMAND as execvp would. */
 static bool find(const char *command, char path[PATH_MAX])
 {
@@ -95,35 +101,58 @@ static const char *obstacle(int file, const Elf64_Ehdr *elf)
     return NULL;
 }
 
-const char *target_obstacle(const char *command)
+/* Opens the program that a command comes to and reads how it begins; -1 with *FAULT set or not. */
+static int open_program(const char *command, union head *head, const char **fault)
 {
     char path[PATH_MAX];
 
+    *fault = NULL;
+    if (!find(command, path))
+        return -1;
+    for (int i = 0; i <= INTERPRETERS; i++) {
+        int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+
+        if (file < 0) { /* what cannot be read cannot be traced either (fs/exec.c, would_dump) */
+            if (access(path, X_OK) == 0)
+                *fault = "its file cannot be read";
+            return -1;
+        }
+        memset(head, 0, sizeof *head);
+        if (read(file, head->text, HEAD) < 0)
+            head->text[0] = '\0';
+        if (memcmp(head->text, "#!", 2) != 0)
+            return file;
+        close(file);
+        if (!interpreter(head->text, path))
+            return -1;
+    }
+    return -1;
+}
+
+const char *target_obstacle(const char *command)
+{
+    union head head;
+    const char *found;
+    int file;
+
     if (OUR_MACHINE == EM_NONE)
         return "groups exist on x86_64 and aarch64 only";
-    if (!find(command, path))
-        return NULL;
-    for (int i = 0; i <= INTERPRETERS; i++) {
-        union {
-            char text[HEAD + 1];
-            Elf64_Ehdr elf;
-        } head = {""};
-        int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-        const char *found;
-
-        if (file < 0) /* what cannot be read cannot be traced either (fs/exec.c, would_dump) */
-            return access(path, X_OK) == 0 ? "its file cannot be read" : NULL;
-        if (read(file, head.text, HEAD) < 0)
-            head.text[0] = '\0';
-        if (memcmp(head.text, "#!", 2) == 0) {
-            close(file);
-            if (!interpreter(head.text, path))
-                return NULL;
-            continue;
-        }
+    file = open_program(command, &head, &found);
+    if (file >= 0) {
         found = obstacle(file, &head.elf);
         close(file);
-        return found;
     }
-    return NULL;
+    return found;
+}
+
+bool target_loads_libraries(const char *command)
+{
+    union head head;
+    const char *fault;
+    int file = open_program(command, &head, &fault);
+    bool loads = file >= 0 && obstacle(file, &head.elf) == NULL && loads_interpreter(file, &head.elf);
+
+    if (file >= 0)
+        close(file);
+    return loads;
 }

@@ -14,4 +14,7 @@ const char *target_obstacle(const char *command);
 /* Whether COMMAND is a file that this user may execute, so that a refusal has another reason. */
 bool target_is_executable(const char *command);
 
+/* Whether the loader runs before it, with LD_PRELOAD: it is dynamic and not privileged. */
+bool target_loads_libraries(const char *command);
+
 #endif

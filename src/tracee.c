@@ -157,11 +157,14 @@ bool tracee_next_stop(struct tracee *t, int event)
 
 int64_t tracee_call(struct tracee *t, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e)
 {
+    return tracee_fault() ? -1 : tracee_try(t, number, a, b, c, d, e);
+}
+
+int64_t tracee_try(struct tracee *t, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e)
+{
     struct user_regs_struct regs;
     long result;
 
-    if (tracee_fault())
-        return -1;
     /* mremap() of what is open to KSM returns at once if a SIGSTOP has come (mm/ksm.c, unmerge_ksm_pages). */
     do {
         regs = t->entry;
@@ -181,22 +184,20 @@ int64_t tracee_call(struct tracee *t, long number, uint64_t a, uint64_t b, uint6
 
 bool tracee_read(const struct tracee *t, uint64_t address, void *data, size_t size)
 {
-    if (tracee_fault())
-        return false;
-    if (pread(t->memory, data, size, (off_t)address) == (ssize_t)size)
-        return true;
-    errno = errno != 0 ? errno : EIO;
-    return false;
+    ssize_t done = tracee_fault() ? -1 : pread(t->memory, data, size, (off_t)address);
+
+    if (done >= 0 && done != (ssize_t)size)
+        errno = EIO;
+    return done == (ssize_t)size;
 }
 
 bool tracee_write(const struct tracee *t, uint64_t address, const void *data, size_t size)
 {
-    if (tracee_fault())
-        return false;
-    if (pwrite(t->memory, data, size, (off_t)address) == (ssize_t)size)
-        return true;
-    errno = errno != 0 ? errno : EIO;
-    return false;
+    ssize_t done = tracee_fault() ? -1 : pwrite(t->memory, data, size, (off_t)address);
+
+    if (done >= 0 && done != (ssize_t)size)
+        errno = EIO;
+    return done == (ssize_t)size;
 }
 
 FILE *tracee_open(const struct tracee *t, const char *name)

@@ -57,8 +57,12 @@ FILE *tracee_open(const struct tracee *t, const char *name);
 /* Finds an instruction in the vdso that makes a system call, for `syscall`; false and errno. */
 bool tracee_find_syscall(struct tracee *t);
 
-/* Has the program make a system call. Returns what that did; -1 and errno on any failure. */
+/*
+ * Has the program make a system call. Returns what that did; -1 and errno on any failure. The second is for a call
+ * that may well fail.
+ */
 int64_t tracee_call(struct tracee *t, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e);
+int64_t tracee_try(struct tracee *t, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e);
 
 /*
  * Lets the program go on to the next stop of a system call, or if EVENT is not 0, to that PTRACE_EVENT. False and

@@ -169,7 +169,7 @@ def test_program_that_was_replaced_goes_on(
     copy.write_bytes(Path("/bin/cat").read_bytes())
     copy.chmod(0o755)
     # A shell that removes the program in between cannot be timed: so the wrapper is asked directly.
-    state = "R000000009:copy///////////:-:nobody-has-this-name-yet:/x"
+    state = "R000000009:copy///////////:-:0/nobody-has-this-name-yet:/x"
     line = f"exec 9<{copy}; rm {copy}; exec {tree.wrapper} /proc/self/comm"
     done = run(["bash", "-c", line], {"KSM_PRELOAD_FOLLOW": state})
     for path in run([tree.wrapper, "--groups"]).stdout.splitlines():

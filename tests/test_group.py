@@ -32,7 +32,7 @@ from conftest import (
     wait_until,
     without_us,
 )
-from test_wrapper import CANNOT_EXEC, FAILED, GIVEN, NOT_FOUND, UNSUPPORTED, USAGE, refused, script
+from test_wrapper import CANNOT_EXEC, GIVEN, NOT_FOUND, UNSUPPORTED, USAGE, refused, script
 
 pytestmark = pytest.mark.ksm
 
@@ -1055,6 +1055,19 @@ def test_files_of_others(public_tree: Tree, victims: Victims, runtime_dir: Path)
     assert where(sound(run(command))) != first
 
 
+def declined(command: Sequence[object], reason: str) -> None:
+    """Assert that a command that echoes `run` does so, in no group, and not at all if it has to."""
+    done = run(command)
+    assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
+    assert re.fullmatch(r"ksm-wrapper: echo runs with an ordinary layout: .*\n", done.stderr), (
+        done.stderr
+    )
+    assert reason in done.stderr
+    required = list(command)
+    required.insert(required.index("--group"), "--group-required")
+    refused(run(required), UNSUPPORTED, "layout of group g: ", reason, hint=False)
+
+
 @pytest.mark.parametrize(
     "damage",
     ["mode", "owner", "link", "short", "empty", "folder", "fifo", "unreadable"],
@@ -1082,8 +1095,7 @@ def test_secret_that_cannot_be_trusted(public_tree: Tree, runtime_dir: Path, dam
         else:
             os.mkfifo(file, 0o600)
         os.chown(file, NOBODY, NOBODY)
-    done = run(command)
-    refused(done, FAILED, "cannot use group g: ", str(file), hint=False)
+    declined(command, str(file))
 
 
 @pytest.mark.parametrize("which", ["ksm-preload", "ksm-preload/groups"])
@@ -1106,7 +1118,7 @@ def test_folder_that_cannot_be_trusted(
             folder.symlink_to("target")
         else:
             folder.touch()
-    refused(run(command), FAILED, "cannot use group g: ", str(folder), hint=False)
+    declined(command, str(folder))
 
 
 @pytest.mark.parametrize("kind", ["unset", "empty", "relative", "missing", "foreign", "open"])
@@ -1160,8 +1172,7 @@ def test_runtime_dir_that_does_not_count(
 )
 def test_places_where_no_secret_can_be_kept(public_tree: Tree, mount: str, reason: str) -> None:
     wrapper = [public_tree.wrapper, "--group", "g", "echo", "run"]
-    done = run(["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", *wrapper])
-    refused(done, FAILED, "cannot use group g: ", reason, hint=False)
+    declined(["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", *wrapper], reason)
 
 
 def test_groups_lists_the_files(public_tree: Tree, group: str, runtime_dir: Path) -> None:
@@ -1240,10 +1251,9 @@ def test_what_the_user_set_stays(public_tree: Tree, group: str, given: dict[str,
     [
         [sys.executable, "-c", "print(hash('ksm'), list({str(i) for i in range(50)}))"],
         ["perl", "-e", 'my %h = map { $_ => 1 } 1 .. 50; print join(",", keys %h), "\\n"'],
-        ["node", "-e", "console.log(Math.random())"],
         ["node", "-e", "console.log(process.execArgv.join())"],
     ],
-    ids=["python", "perl", "node", "node's options"],
+    ids=["python", "perl", "node's options"],
 )
 def test_runtimes_take_them(public_tree: Tree, group: str, command: list[str]) -> None:
     need_command(command[0])
@@ -1259,4 +1269,39 @@ def test_show_says_what_is_set(public_tree: Tree, group: str) -> None:
     done = run([*in_group(public_tree, group, "--show"), "node", "x.js"])
     assert done.returncode == 0
     told = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("seed ")]
-    assert sorted(told) == sorted([*SEEDS, "--hash-seed", "--random-seed"])
+    assert sorted(told) == sorted([*SEEDS, "--hash-seed"])
+
+
+@pytest.mark.parametrize("setting", ["PYTHONHASHSEED", "PERL_HASH_SEED"])
+def test_seed_of_another_group_does_not_count_as_the_users(
+    public_tree: Tree, group: str, setting: str
+) -> None:
+    inner = [public_tree.wrapper, "--group", f"{group}.b", "env"]
+    outer = in_group(public_tree, group)
+    try:
+        within, alone = (run([*prefix, *inner]).stdout for prefix in (outer, []))
+        pattern = re.compile(f"^{setting}=(.*)$", re.MULTILINE)
+        first = pattern.search(run([*outer, "env"]).stdout)
+        found = [pattern.search(text) for text in (within, alone)]
+        assert first is not None
+        assert found[0] is not None
+        assert found[1] is not None
+        assert found[0][1] == found[1][1] != first[1]
+    finally:
+        for line in run([public_tree.wrapper, "--groups"]).stdout.splitlines():
+            if line.endswith(f"/{group}.b"):
+                Path(line).unlink()
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_where_memory_may_not_become_executable(
+    public_tree: Tree, victims: Victims, group: str, filtered: bool
+) -> None:
+    """MemoryDenyWriteExecute=: the kernel's own switch, or a filter of mprotect(PROT_EXEC)."""
+    launcher = (
+        [victims("refuse"), "mprotect", errno.EPERM]
+        if filtered
+        else [victims("deny_write_execute")]
+    )
+    done = run([*launcher, *in_group(public_tree, group, "--group-required"), "echo", "run"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "run\n", "")

@@ -27,6 +27,7 @@ static const struct {
     {"madvise", SYS_madvise, 2, UINT_MAX, MADV_MERGEABLE},
     /* All bits means a question. */
     {"personality", SYS_personality, 0, ADDR_NO_RANDOMIZE | 1U << 31, ADDR_NO_RANDOMIZE},
+    {"mprotect", SYS_mprotect, 2, PROT_EXEC, PROT_EXEC},
     {"mremap", SYS_mremap, 0, 0, 0},
     {"ptrace", SYS_ptrace, 0, 0, 0},
     {"prlimit64", SYS_prlimit64, 0, 0, 0},
