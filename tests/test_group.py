@@ -208,6 +208,16 @@ def test_alignment_of_the_program_is_kept(public_tree: Tree, victims: Victims, g
     assert found["program"] % (2 << 20) == 0
 
 
+@pytest.mark.parametrize("name", ["a [stack]", "[stack]", "b[heap]", "c) S 1 (d", "e\nf"])
+def test_names_that_are_like_the_kernels_words(
+    public_tree: Tree, victims: Victims, group: str, public: Path, name: str
+) -> None:
+    program = public / name
+    shutil.copy(victims("report"), program)
+    done = run([*in_group(public_tree, group), program])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- nothing else is different ---
 
 MORE_GIVEN: dict[str, list[str]] = {
@@ -421,15 +431,18 @@ def test_statuses_of_a_shell_for_what_cannot_be_run(
 # --- signals ---
 
 
-def start(command: Sequence[object], **options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+def start(
+    command: Sequence[object], env: dict[str, str] | None = None, new_session: bool = False
+) -> subprocess.Popen[str]:
+    """Start a command whose output a test reads, with a short environment."""
+    return subprocess.Popen(
         [str(part) for part in command],
-        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        start_new_session=new_session,
     )
 
 
@@ -463,23 +476,26 @@ def is_traced(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGTRAP, signal.SIGKILL])
 def test_signal_while_the_program_is_looked_for(
-    public_tree: Tree, group: str, number: signal.Signals
+    public_tree: Tree, victims: Victims, group: str, number: signal.Signals
 ) -> None:
     """It is traced already then, but has not become the program."""
-    env = {"PATH": "/n:" * 40000 + os.environ.get("PATH", os.defpath)}
-    command = [str(part) for part in (*in_group(public_tree, group), "no-such-command-anywhere")]
+    command = [*in_group(public_tree, group), victims("place").name]
+    path = "/n:" * 40000 + f"{victims('place').parent}:/usr/bin:/bin"
+    of_group = where(sound(run(command, {"PATH": path})))
     met = 0
     for _ in range(20):
-        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        process = start(command, {"PATH": path})
         with contextlib.suppress(OSError):
             while process.poll() is None and not is_traced(process.pid):
                 pass
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        if process.returncode == NOT_FOUND:
-            assert "cannot run" in errors
+        output, errors = process.communicate(timeout=60)
+        assert errors == ""
+        if process.returncode == 0:
+            done = subprocess.CompletedProcess((), 0, output, errors)
+            assert where(sound(done)) == of_group
         else:
-            assert (process.returncode, errors) == (-number, "")
+            assert (process.returncode, output) == (-number, "")
             met += 1
     assert met > 0
     wait_until(lambda: not own_helpers(public_tree.wrapper), 10, "the helpers end")
@@ -518,7 +534,7 @@ def test_stopped_group_of_processes(public_tree: Tree, victims: Victims, group: 
     """As a shell's `kill -STOP %1` and then `kill -CONT PID`: the helper is not of that group."""
     command = [*in_group(public_tree, group), victims("place")]
     for attempt in range(50):
-        process = start(command, start_new_session=True)
+        process = start(command, new_session=True)
         for _ in range(attempt * 300):
             pass
         with contextlib.suppress(ProcessLookupError):

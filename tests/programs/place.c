@@ -68,6 +68,8 @@ static size_t read_file(const char *path, void *data, size_t size)
     return length;
 }
 
+static const char *label_end; /* the end of the mapping that label() found */
+
 /* The last column of the line of /proc/self/maps that holds ADDRESS. */
 static const char *label(const void *address)
 {
@@ -84,6 +86,7 @@ static const char *label(const void *address)
             (uintptr_t)address < from || (uintptr_t)address >= to)
             continue;
         found = line + name;
+        label_end = (const char *)to;
         break;
     }
     if (maps != NULL)
@@ -205,6 +208,7 @@ static char *extend(size_t size)
 
 static void check_labels(void)
 {
+    const char *execfn = (const char *)getauxval(AT_EXECFN);
     char path[4096] = "", *end;
     int local = 0;
 
@@ -212,8 +216,14 @@ static void check_labels(void)
         wrong("exe");
     if (strcmp(label((const void *)(uintptr_t)&check_labels), path) != 0)
         wrong("mapping of the program");
-    if (strcmp(label(&local), "[stack]") != 0)
+    if (strcmp(label(execfn), "[stack]") != 0 || strcmp(label(&local), "[stack]") != 0)
         wrong("[stack]");
+    else
+        for (execfn += strlen(execfn); execfn < label_end; execfn++)
+            if (*execfn != '\0') {
+                wrong("end of the stack");
+                break;
+            }
     bss[BSS - 1] = bss[BSS / 2] = 1;
     end = extend(1 << 16);
     memset(end, 1, 1 << 16);

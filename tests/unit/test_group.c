@@ -29,12 +29,16 @@ static void test_secret(int folder, const char *path)
     int file;
 
     CHECK(draw(folder, path, "g") == NULL);
-    CHECK(draw(folder, path, "g") == NULL); /* another process was quicker */
+    file = openat(folder, "g", O_RDONLY | O_CLOEXEC);
+    CHECK(read(file, &second, sizeof second) == sizeof second);
+    close(file);
+    CHECK(draw(folder, path, "g") == NULL); /* another process was quicker: its secret stays */
     CHECK(fstatat(folder, "g", &info, 0) == 0 && info.st_size == sizeof first && info.st_nlink == 1);
     CHECK((info.st_mode & 07777) == 0600);
     CHECK(draw(folder, path, "h") == NULL);
     file = openat(folder, "g", O_RDONLY | O_CLOEXEC);
     CHECK(read(file, &first, sizeof first) == sizeof first);
+    CHECK(memcmp(&first, &second, sizeof first) == 0);
     close(file);
     file = openat(folder, "h", O_RDONLY | O_CLOEXEC);
     CHECK(read(file, &second, sizeof second) == sizeof second);
