@@ -126,10 +126,12 @@ static const char *folder_fault(const char *path)
 static int make_file(int folder, char name[32])
 {
     mode_t before = umask(0); /* may be one that takes from the owner, too */
-    int file = openat(folder, ".", O_WRONLY | O_TMPFILE | O_CLOEXEC, 0600);
+    int file = -1;
     uint64_t number;
 
     name[0] = '\0';
+    if (access("/proc/self/fd", X_OK) == 0) /* by which it gets its name */
+        file = openat(folder, ".", O_WRONLY | O_TMPFILE | O_CLOEXEC, 0600);
     if (file < 0 && getrandom(&number, sizeof number, 0) == (ssize_t)sizeof number) {
         snprintf(name, 32, ".new-%016" PRIx64, number);
         file = openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
