@@ -125,7 +125,7 @@ def test_start(tmp_path: Path) -> None:
     before = set(group.files())
     results = measure(tmp_path, "start", "--rounds", "2")
     assert set(results) == {
-        "median_ms", "wrapper_adds_ms", "group_adds_ms", "wrap_of_import_click",
+        "median_ms", "wrapper_adds_ms", "group_adds_ms", "follow_adds_ms", "wrap_of_import_click",
     }  # fmt: skip
     assert not [name for name in set(group.files()) - before if name.startswith("start-")]
 

@@ -71,6 +71,37 @@ def test_joins(tree: Tree, group: str, following: list[object], way: str) -> Non
     assert last_before_stack(done.stdout) == where(tree, group)
 
 
+def test_what_a_static_program_execs_joins(
+    tree: Tree, victims: Victims, group: str, following: list[object]
+) -> None:
+    """It is that process still, but nobody in it could say that it has not been placed."""
+    static = victims("start", "static")
+    command = [tree.wrapper, "--group", group, "--follow", static]
+    command += ["exec", "/bin/cat", "/proc/self/maps"]
+    assert last_before_stack(run(command).stdout) == where(tree, group)
+
+
+@pytest.mark.parametrize("user", [65534, 0])
+def test_only_the_users_own_programs_join(
+    public_tree: Tree, group: str, following: list[object], user: int
+) -> None:
+    command = [public_tree.wrapper, "--group", group, "--follow", "setpriv", f"--reuid={user}"]
+    done = run([*command, "--clear-groups", "cat", "/proc/self/maps"])
+    assert done.returncode == 0, done.stderr
+    assert (last_before_stack(done.stdout) == where(public_tree, group)) == (user == 0)
+    folder = Path(f"/tmp/ksm-preload-{user}/groups")
+    assert not (folder / group).exists()
+
+
+def test_nothing_is_said_further_down(
+    tree: Tree, victims: Victims, group: str, following: list[object]
+) -> None:
+    """Where the layout cannot be had: here by a filter that comes after the first program."""
+    line = f"exec {victims('refuse')} mremap 1 sh -c 'cat /proc/self/comm'"
+    done = run([*following, "sh", "-c", line])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cat\n", "")
+
+
 STAYS_OUT = {
     "an empty environment": "exec env -i cat /proc/self/maps",
     "without LD_PRELOAD": "exec env -u LD_PRELOAD cat /proc/self/maps",

@@ -1321,3 +1321,17 @@ def test_where_memory_may_not_become_executable(
     )
     done = run([*launcher, *in_group(public_tree, group, "--group-required"), "echo", "run"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "run\n", "")
+
+
+@pytest.mark.parametrize("option", ["--groups", "--members"])
+def test_options_that_run_nothing_take_no_command(
+    public_tree: Tree, group: str, option: str
+) -> None:
+    done = run([public_tree.wrapper, "--group", group, option, "true"])
+    refused(done, USAGE, option, "'true'", hint=False)
+
+
+def test_off_and_required_is_refused(public_tree: Tree, group: str) -> None:
+    command = in_group(public_tree, group, "--group-required")
+    done = run([*command, "echo", "run"], {"KSM_PRELOAD": "off"})
+    refused(done, UNSUPPORTED, "KSM_PRELOAD=off", hint=False)

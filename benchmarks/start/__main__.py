@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What the launchers cost at a program's start.
 
-`ksm-wrapper true`, also in a group, beside `true`, and `ksmtool wrap true` beside a Python that
-imports click, in turn; medians, and the median of the differences and ratios of a round.
+`ksm-wrapper true`, also in a group, beside `true`; a shell in a group that starts ten programs,
+without and with --follow; `ksmtool wrap true` beside a Python that imports click. In turn; medians,
+and the median of the differences and ratios of a round.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ def main() -> None:
     ksmtool = str(Path(sys.executable).parent / "ksmtool")
     name = f"start-{os.getpid()}"
     in_group = [install.wrapper(), "--group", name, "--group-required"]
+    shell = ["sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do /bin/true; done"]
     commands = {
         "true": ["true"],
         "ksm-wrapper true": [install.wrapper(), "true"],
         "ksm-wrapper --group true": [*in_group, "true"],
+        "ksm-wrapper --group sh": [*in_group, *shell],
+        "ksm-wrapper --follow sh": [*in_group, "--follow", *shell],
         "python3 -c 'import click'": [sys.executable, "-c", "import click"],
         "ksmtool wrap true": [ksmtool, "wrap", "-q", "true"],
     }
@@ -38,17 +42,19 @@ def main() -> None:
         taken = _taken(commands, chosen.rounds)
     finally:
         group.discard(name)
-    true, wrapper, member, click, wrap = taken.values()
+    true, wrapper, member, alone, followed, click, wrap = taken.values()
     results = {
         "median_ms": {name: statistics.median(times) for name, times in taken.items()},
         "wrapper_adds_ms": statistics.median(b - a for a, b in zip(true, wrapper)),
         "group_adds_ms": statistics.median(b - a for a, b in zip(true, member)),
+        "follow_adds_ms": statistics.median((b - a) / 10 for a, b in zip(alone, followed)),
         "wrap_of_import_click": statistics.median(b / a for a, b in zip(click, wrap)),
     }
     for name, times in taken.items():
         print(f"{name:28}{statistics.median(times):8.2f} ms")
     print(f"ksm-wrapper adds {results['wrapper_adds_ms']:.2f} ms")
     print(f"ksm-wrapper --group adds {results['group_adds_ms']:.2f} ms")
+    print(f"--follow adds {results['follow_adds_ms']:.2f} ms to each program started in the group")
     print(f"ksmtool wrap is {results['wrap_of_import_click']:.2f} x import click")
     common.write_json(chosen.json, "start", results)
 
