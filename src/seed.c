@@ -25,8 +25,8 @@ static const struct flag {
     const char *runtime, *name, *format;
     enum group_word word;
 } flags[] = {
-    /* V8's; not allowed in NODE_OPTIONS (src/node_options.cc). Its --random-seed would save a little more,
-     * but all members would draw the same numbers from Math.random(). */
+    /* V8's; not allowed in NODE_OPTIONS (src/node_options.cc). Not --random-seed: it would save far more
+     * (benchmarks/fleet), but all members would draw the same numbers from Math.random(). */
     {"node", "--hash-seed", "--hash-seed=%" PRIu32, GROUP_NODE},
     {"nodejs", "--hash-seed", "--hash-seed=%" PRIu32, GROUP_NODE},
 };
