@@ -39,7 +39,7 @@ class Program:
 FLEETS = (
     Program("CPython", "python3", "python.py", 20),
     Program("Node", "node", "node.js", 15),
-    # V8 draws addresses from the seed of Math.random() too, which a group does not set (src/seed.c).
+    # V8 draws addresses from the seed of Math.random(), too: a group sets none (src/seed.c).
     Program("Node-seed", "node", "node.js", 15, ("--random-seed=1",)),
     # And its helper threads (garbage collection, compiling) place objects as they happen to run.
     Program("Node-single", "node", "node.js", 15, ("--random-seed=1", "--single-threaded")),
