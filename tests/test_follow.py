@@ -97,7 +97,7 @@ def test_nothing_is_said_further_down(
     tree: Tree, victims: Victims, group: str, following: list[object]
 ) -> None:
     """Where the layout cannot be had: here by a filter that comes after the first program."""
-    line = f"exec {victims('refuse')} mremap 1 sh -c 'cat /proc/self/comm'"
+    line = f"exec {victims('refuse')} mremap 1 /bin/sh -c 'cat /proc/self/comm'"
     done = run([*following, "sh", "-c", line])
     assert (done.returncode, done.stdout, done.stderr) == (0, "cat\n", "")
 
