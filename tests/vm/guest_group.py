@@ -67,7 +67,7 @@ def member(tree: Tree, group: str, *options: str) -> Way:
     return Way((tree.wrapper, "--group", group, "--group-required", *options))
 
 
-def places(report: Report, program: str = "/place-") -> dict[str, int]:
+def places(report: Report, program: str = "/whereabouts-") -> dict[str, int]:
     """Return where each region begins, or for the stack ends. Each has a line, and one only."""
     patterns = {
         "program": re.escape(program),
