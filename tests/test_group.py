@@ -527,7 +527,8 @@ def test_stopped_and_continued(
         assert (process.returncode, errors) == (0, "")
         done = subprocess.CompletedProcess((), 0, output, errors)
         assert where(sound(done)) == of_group
-    assert stops > 0
+    # SIGTSTP stops nobody in an orphaned process group, such as that of a job without a terminal.
+    assert stops > 0 or number == signal.SIGTSTP
 
 
 def test_stopped_group_of_processes(public_tree: Tree, victims: Victims, group: str) -> None:
