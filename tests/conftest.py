@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -328,3 +329,14 @@ def ksm(reason_against_ksm: str | None) -> Iterator[Ksm]:
         }
         kernel.apply({name: value for name, value in wanted.items() if name in found})
         yield kernel
+
+
+@pytest.fixture
+def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Return what prints a line into the report, also where its output is captured."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            print(f"\nmeasured on {platform.release()}: {line}")
+
+    return show

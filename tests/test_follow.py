@@ -71,9 +71,7 @@ def test_joins(tree: Tree, group: str, following: list[object], way: str) -> Non
     assert last_before_stack(done.stdout) == where(tree, group)
 
 
-def test_what_a_static_program_execs_joins(
-    tree: Tree, victims: Victims, group: str, following: list[object]
-) -> None:
+def test_what_a_static_program_execs_joins(tree: Tree, victims: Victims, group: str) -> None:
     """It is that process still, but nobody in it could say that it has not been placed."""
     static = victims("start", "static")
     command = [tree.wrapper, "--group", group, "--follow", static]
@@ -82,9 +80,7 @@ def test_what_a_static_program_execs_joins(
 
 
 @pytest.mark.parametrize("user", [65534, 0])
-def test_only_the_users_own_programs_join(
-    public_tree: Tree, group: str, following: list[object], user: int
-) -> None:
+def test_only_the_users_own_programs_join(public_tree: Tree, group: str, user: int) -> None:
     command = [public_tree.wrapper, "--group", group, "--follow", "setpriv", f"--reuid={user}"]
     done = run([*command, "--clear-groups", "cat", "/proc/self/maps"])
     assert done.returncode == 0, done.stderr
@@ -93,9 +89,7 @@ def test_only_the_users_own_programs_join(
     assert not (folder / group).exists()
 
 
-def test_nothing_is_said_further_down(
-    tree: Tree, victims: Victims, group: str, following: list[object]
-) -> None:
+def test_nothing_is_said_further_down(victims: Victims, following: list[object]) -> None:
     """Where the layout cannot be had: here by a filter that comes after the first program."""
     line = f"exec {victims('refuse')} mremap 1 /bin/sh -c 'cat /proc/self/comm'"
     done = run([*following, "sh", "-c", line])

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from conftest import Tree, need, run, wait_until
-from ksmtool import group, process, trial
+from ksmtool import cli, group, process, trial
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.group import Wanted
 from ksmtool.kernel import Ksm
@@ -258,8 +258,6 @@ def test_list_counts_members_and_their_memory(tree: Tree, name: str) -> None:
 def test_an_empty_list_says_how_to_make_a_group(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ksmtool import cli  # noqa: PLC0415
-
     monkeypatch.setattr(group, "files", dict)
     cli.cli.main(["group", "list"], standalone_mode=False)
     assert "This user has no group: ksmtool wrap --group NAME" in capsys.readouterr().out
@@ -306,8 +304,6 @@ def test_without_root_saved_is_a_bound(tree: Tree) -> None:
 def test_members_that_may_not_be_looked_at_are_told_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ksmtool import cli  # noqa: PLC0415
-
     def refuse(_pid: int) -> None:
         raise PermissionError
 

@@ -168,9 +168,10 @@ def script(path: Path, text: str, mode: int = 0o755) -> Path:
     return path
 
 
-def test_statuses_of_a_shell_for_what_cannot_be_run(tree: Tree, tmp_path: Path) -> None:
+def not_runnable(tmp_path: Path) -> list[tuple[object, int, int]]:
+    """Return commands that cannot be run, each with a shell's status for it and the errno."""
     plain_file = script(tmp_path / "plain", "text\n", 0o644)
-    table: list[tuple[object, int, int]] = [
+    return [
         (tmp_path / "nothing", NOT_FOUND, errno.ENOENT),
         ("no-such-command-anywhere", NOT_FOUND, errno.ENOENT),
         ("", NOT_FOUND, errno.ENOENT),
@@ -180,7 +181,10 @@ def test_statuses_of_a_shell_for_what_cannot_be_run(tree: Tree, tmp_path: Path) 
         ("x" * 300, CANNOT_EXEC, errno.ENAMETOOLONG),
         (script(tmp_path / "orphan", "#!/no/such/interpreter\n"), NOT_FOUND, errno.ENOENT),
     ]
-    for program, status, error in table:
+
+
+def test_statuses_of_a_shell_for_what_cannot_be_run(tree: Tree, tmp_path: Path) -> None:
+    for program, status, error in not_runnable(tmp_path):
         done = run([tree.wrapper, program])
         refused(done, status, f"cannot run {program}: ", os.strerror(error), hint=False)
 

@@ -88,17 +88,6 @@ def preloaded(request: pytest.FixtureRequest, tree: Tree) -> dict[str, str]:
     return {"LD_PRELOAD": str(tree.madvise_library), "KSM_PRELOAD": request.param}
 
 
-@pytest.fixture
-def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Return what prints a line into the report."""
-
-    def show(line: str) -> None:
-        with capsys.disabled():
-            print(f"\nmeasured on {platform.release()}: {line}")
-
-    return show
-
-
 def test_kernel_is_the_one_that_was_meant() -> None:
     assert platform.release().startswith(os.environ["KSM_TEST_KERNEL"] + ".")
 
@@ -168,11 +157,13 @@ def test_madvise_can_be_forced(tree: Tree, victims: Victims) -> None:
 # --- what this kernel cannot do ---
 
 
-@pytest.mark.skipif(HAS_PRCTL, reason="this kernel has the prctl")
 @pytest.mark.parametrize("by", ["ksm-wrapper", "ksmtool wrap"])
-def test_forced_prctl_is_refused(tree: Tree, by: str) -> None:
-    way = ways(tree)[by]
-    done = Way((*way.prefix, "--method", "prctl")).run(["echo", "run"])
+def test_forced_prctl_works_or_is_refused(tree: Tree, victims: Victims, by: str) -> None:
+    forced = Way((*ways(tree)[by].prefix, "--method", "prctl"))
+    if HAS_PRCTL:
+        assert opted_in(facts(forced.run([victims("report")]))) == "prctl"
+        return
+    done = forced.run(["echo", "run"])
     assert (done.returncode, done.stdout) == (UNSUPPORTED, "")
     assert "PR_SET_MEMORY_MERGE" in done.stderr
     assert "--method madvise" in done.stderr

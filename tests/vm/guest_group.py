@@ -35,17 +35,6 @@ def reason_against_ksm() -> None:
 
 
 @pytest.fixture
-def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Return what prints a line into the report."""
-
-    def show(line: str) -> None:
-        with capsys.disabled():
-            print(f"\nmeasured on {platform.release()}: {line}")
-
-    return show
-
-
-@pytest.fixture
 def group() -> str:
     """Return the name of a group that nobody has used."""
     return f"g{secrets.token_hex(8)}"
@@ -337,6 +326,12 @@ def program(request: pytest.FixtureRequest, victims: Victims) -> Sequence[object
     return [sys.executable, "-c", PYTHON]
 
 
+def wait_for_scans(ksm: Ksm, count: int) -> None:
+    """Wait until ksmd has gone over everything so many times more."""
+    wanted = ksm.counters().full_scans + count
+    wait_until(lambda: ksm.counters().full_scans >= wanted, 120, f"{count} whole scans")
+
+
 def test_members_merge_what_others_cannot(
     tree: Tree, program: Sequence[object], group: str, ksm: Ksm, measured: Callable[[str], None]
 ) -> None:
@@ -349,12 +344,7 @@ def test_members_merge_what_others_cannot(
             before = process.total(pids).pss_anon
             ksm.write("run", 1)
             # A page is merged in its second scan at the latest, if it does not change.
-            scans = ksm.counters().full_scans
-            wait_until(
-                lambda scans=scans: ksm.counters().full_scans >= scans + 4,  # type: ignore[misc]
-                120,
-                "four whole scans",
-            )
+            wait_for_scans(ksm, 4)
             after, merged = process.total(pids).pss_anon, ksm.counters().pages_sharing
         shares[name] = (before - after) / (before / 2)
         measured(
