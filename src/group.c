@@ -51,11 +51,11 @@ static bool is_private(int fd, mode_t type, mode_t mask)
            (info.st_mode & mask) == 0;
 }
 
-/* Opens the folder NAME below PARENT, making it with MODE if it is missing; -1 and errno. */
-static int enter(int parent, const char *name, mode_t mode)
+/* Opens the folder NAME below PARENT, of MODE; if it is missing and MAKE, makes it. -1 and errno. */
+static int enter(int parent, const char *name, mode_t mode, bool make)
 {
     mode_t before = umask(0); /* may be one that takes from the owner, too */
-    int made = mkdirat(parent, name, mode), folder;
+    int made = make ? mkdirat(parent, name, mode) : 0, folder;
 
     (void)umask(before);
     if (made != 0 && errno != EEXIST)
@@ -70,7 +70,7 @@ static int enter(int parent, const char *name, mode_t mode)
 }
 
 /* Opens the folder of all groups and says in PATH where it is; -1 and errno, PATH then being what failed. */
-static int open_folder(char path[PATH_MAX])
+static int open_folder(char path[PATH_MAX], bool make)
 {
     const char *given = getenv("XDG_RUNTIME_DIR");
     char by_user[32];
@@ -97,7 +97,7 @@ static int open_folder(char path[PATH_MAX])
             if (i == 2)
                 snprintf(name, sizeof name, "ksm-preload-%u", (unsigned)geteuid());
             snprintf(path + length, PATH_MAX - length, "/%s", name);
-            ours = enter(base, name, root ? 0755 : 0700);
+            ours = enter(base, name, root ? 0755 : 0700, make);
         }
     }
     if (base >= 0)
@@ -106,7 +106,7 @@ static int open_folder(char path[PATH_MAX])
         size_t length = strlen(path);
 
         snprintf(path + length, PATH_MAX - length, "/groups");
-        groups = enter(ours, "groups", 0700);
+        groups = enter(ours, "groups", 0700, make);
         close(ours);
     }
     return groups;
@@ -178,7 +178,7 @@ const char *group_open(const char *name, struct group_secret *secret)
 {
     char path[PATH_MAX];
     const char *fault = NULL;
-    int folder = open_folder(path), file;
+    int folder = open_folder(path, true), file;
 
     if (folder < 0)
         return folder_fault(path);
@@ -203,11 +203,11 @@ const char *group_open(const char *name, struct group_secret *secret)
 const char *group_list(FILE *output)
 {
     char path[PATH_MAX];
-    int folder = open_folder(path);
+    int folder = open_folder(path, false);
     DIR *entries;
 
     if (folder < 0)
-        return folder_fault(path);
+        return errno == ENOENT ? NULL : folder_fault(path); /* nobody has made a group yet */
     entries = fdopendir(folder);
     if (entries == NULL)
         return because("cannot list %s: %s", path, strerror(errno));

@@ -524,7 +524,7 @@ def test_stopped_and_continued(
         process = start(command, new_group=True)
         for _ in range(attempt * 150):
             pass
-        process.send_signal(number)
+        os.kill(process.pid, number)  # send_signal() would reap one that has ended already
         if wait_stopped(process.pid):
             stops += 1
             process.send_signal(signal.SIGCONT)
@@ -1336,3 +1336,10 @@ def test_off_and_required_is_refused(public_tree: Tree, group: str) -> None:
     command = in_group(public_tree, group, "--group-required")
     done = run([*command, "echo", "run"], {"KSM_PRELOAD": "off"})
     refused(done, UNSUPPORTED, "KSM_PRELOAD=off", hint=False)
+
+
+def test_listing_makes_nothing(public_tree: Tree, runtime_dir: Path) -> None:
+    command = [*AS_NOBODY, public_tree.wrapper, "--groups"]
+    done = run(command, {"XDG_RUNTIME_DIR": str(runtime_dir)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not any(runtime_dir.iterdir())

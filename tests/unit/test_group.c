@@ -54,15 +54,15 @@ static void test_enter(int folder)
 {
     int inner;
 
-    CHECK((inner = enter(folder, "inner", 0700)) >= 0);
+    CHECK((inner = enter(folder, "inner", 0700, true)) >= 0);
     close(inner);
-    CHECK((inner = enter(folder, "inner", 0755)) >= 0);
+    CHECK((inner = enter(folder, "inner", 0755, true)) >= 0);
     close(inner);
     CHECK(fchmodat(folder, "inner", 0755, 0) == 0);
-    CHECK((inner = enter(folder, "inner", 0755)) >= 0);
+    CHECK((inner = enter(folder, "inner", 0755, true)) >= 0);
     close(inner);
-    CHECK(enter(folder, "inner", 0700) < 0 && errno == EPERM);
-    CHECK(symlinkat("inner", folder, "link") == 0 && enter(folder, "link", 0755) < 0);
+    CHECK(enter(folder, "inner", 0700, true) < 0 && errno == EPERM);
+    CHECK(symlinkat("inner", folder, "link") == 0 && enter(folder, "link", 0755, true) < 0);
     unlinkat(folder, "link", 0);
     unlinkat(folder, "inner", AT_REMOVEDIR);
 }
