@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from conftest import AS_NOBODY, Tree, Victims, need_command, run
+from conftest import AS_NOBODY, Tree, Victims, need_command, run, wait_until
+from test_group_programs import free_port
 
 
 @pytest.fixture
@@ -155,19 +158,122 @@ def test_status_and_signals_pass(following: list[object]) -> None:
     assert run([*following, "sh", "-c", "sh -c 'kill -TERM $$'; echo $?"]).stdout == "143\n"
 
 
-def test_privileged_program_is_not_touched(
-    public_tree: Tree, public: Path, victims: Victims, group: str
-) -> None:
-    privileged = public / "set-uid-report"
-    privileged.write_bytes(victims("report").read_bytes())
+def test_privileged_program_is_not_touched(public_tree: Tree, public: Path, group: str) -> None:
+    """It keeps its privileges, which tracing would take away, and an ordinary layout."""
+    privileged = public / "set-uid-cat"
+    privileged.write_bytes(Path("/bin/cat").read_bytes())
     privileged.chmod(0o4755)
-    command = [*AS_NOBODY, public_tree.wrapper, "--group", group, "--follow"]
-    plain = run([*AS_NOBODY, "sh", "-c", f"{privileged}; true"])
-    done = run([*command, "sh", "-c", f"{privileged}; true"])
-    assert done.returncode == 0
-    assert re.findall(r"^(?:euid|secure) .*", done.stdout, re.MULTILINE) == re.findall(
-        r"^(?:euid|secure) .*", plain.stdout, re.MULTILINE
+    folder = public / "runtime-dir-of-nobody"
+    folder.mkdir(0o700)
+    os.chown(folder, 65534, 65534)
+    environment = {"XDG_RUNTIME_DIR": str(folder)}
+    command = [*AS_NOBODY, public_tree.wrapper, "--group", group, "--follow", "sh", "-c"]
+    done = run([*command, f"{privileged} /proc/self/maps /proc/self/status; true"], environment)
+    joined = run([*command, "cat /proc/self/maps; true"], environment)
+    again = run([*command, "cat /proc/self/maps; true"], environment)
+    assert done.stderr == joined.stderr == ""
+    assert "\nUid:\t65534\t0\t0\t0\n" in done.stdout
+    assert last_before_stack(joined.stdout) == last_before_stack(again.stdout)
+    assert last_before_stack(done.stdout) != last_before_stack(joined.stdout)
+
+
+def members(tree: Tree, group: str) -> set[int]:
+    """Return the PIDs that have the group's layout."""
+    done = run([tree.wrapper, "--group", group, "--members"])
+    assert (done.returncode, done.stderr) == (0, "")
+    return {int(line) for line in done.stdout.split()}
+
+
+def with_children(pid: int) -> set[int]:
+    """Return a process and its children."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return {pid, *(int(word) for word in text.split())}
+
+
+def pid_in(file: Path) -> int:
+    """Return the PID that a server has written, 0 if it has not."""
+    text = file.read_text() if file.exists() else ""
+    return int(text) if text.endswith("\n") else 0
+
+
+def end(pids: set[int]) -> None:
+    """End servers that are nobody's child here."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20, "they end")
+
+
+def test_gunicorn_upgraded_in_place(
+    tree: Tree, group: str, following: list[object], tmp_path: Path
+) -> None:
+    """Started through a shell; on SIGUSR2 its arbiter forks and execs itself anew."""
+    need_command("gunicorn")
+    (tmp_path / "app.py").write_text(
+        "def app(environ, start):\n    start('200 OK', [])\n    return [b'said']\n"
     )
+    first, second = tmp_path / "pid", tmp_path / "pid.2"
+    line = f"gunicorn --workers 2 --bind unix:{tmp_path}/socket --pid {first} app:app; exit $?"
+    log = (tmp_path / "log").open("w")
+    with (
+        log,
+        subprocess.Popen(
+            [*map(str, following), "sh", "-c", line], cwd=tmp_path, stderr=log, stdout=log
+        ) as shell,
+    ):
+        servers: set[int] = set()
+        try:
+            wait_until(lambda: pid_in(first) != 0, 20, "gunicorn starts")
+            old = pid_in(first)
+            servers.add(old)
+            wait_until(lambda: len(with_children(old)) == 3, 20, "it has its workers")
+            wait_until(lambda: members(tree, group) >= with_children(old), 20, "all are members")
+            os.kill(old, signal.SIGUSR2)
+            wait_until(lambda: pid_in(second) != 0, 20, "the new arbiter starts")
+            new = pid_in(second)
+            servers.add(new)
+            wait_until(lambda: len(with_children(new)) == 3, 20, "it has its workers")
+            wait_until(lambda: members(tree, group) >= with_children(new), 20, "all are members")
+        finally:
+            end(servers)
+            shell.wait(20)
+    assert not members(tree, group)
+
+
+@pytest.mark.slow
+def test_apachectl(tree: Tree, group: str, following: list[object], tmp_path: Path) -> None:
+    """A script that starts a daemon, which forks twice; then a graceful restart."""
+    control, pid_file = need_command("apachectl"), tmp_path / "pid"
+    modules = "/usr/lib/apache2/modules"
+    lines = [
+        f"LoadModule mpm_prefork_module {modules}/mod_mpm_prefork.so",
+        f"LoadModule authz_core_module {modules}/mod_authz_core.so",
+        *(
+            "ServerName localhost",
+            f"Listen 127.0.0.1:{free_port()}",
+            "User nobody",
+            "Group nogroup",
+        ),
+        *(f"PidFile {pid_file}", f"ErrorLog {tmp_path}/errors", "StartServers 3"),
+    ]
+    (tmp_path / "conf").write_text("\n".join(lines) + "\n")
+    (tmp_path / "envvars").write_text(
+        f"export APACHE_RUN_DIR={tmp_path} APACHE_LOCK_DIR={tmp_path} APACHE_RUN_USER=root\n"
+    )
+    environment = {"APACHE_ENVVARS": str(tmp_path / "envvars"), "APACHE_CONFDIR": str(tmp_path)}
+    done = run([*following, control, "-f", tmp_path / "conf", "-k", "start"], environment)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: pid_in(pid_file) != 0, 20, "Apache starts")
+    pid = pid_in(pid_file)
+    try:
+        wait_until(lambda: len(with_children(pid)) == 4, 20, "it has its workers")
+        before = with_children(pid)
+        assert members(tree, group) >= before
+        os.kill(pid, signal.SIGUSR1)
+        wait_until(lambda: with_children(pid) & before == {pid}, 20, "it has new workers")
+        wait_until(lambda: members(tree, group) >= with_children(pid), 20, "all are members")
+    finally:
+        end({pid})
 
 
 def test_debugger_finds_its_program(tree: Tree, victims: Victims, following: list[object]) -> None:

@@ -65,7 +65,7 @@ def test_the_sentence() -> None:
         ({"zero_pages": 1000}, "4.1 MB of arm wrap were pages of zeros"),
         ({"saved": -1_000_000, "saved_percent": -0.3}, "1.0 MB (0.3 %) lost"),
         ({"saved": 1_000_000, "saved_percent": 0.3}, "for its records, more than it saved."),
-        ({"saved": 2_000_000, "saved_percent": 0.6}, "its own random addresses"),
+        ({"saved": 2_000_000, "saved_percent": 0.6}, "in common: --arms plain,wrap,group."),
         ({"others_opted_in": 3}, "3 other processes of this machine were opted in"),
     ],
 )

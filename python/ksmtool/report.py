@@ -105,9 +105,11 @@ def sentences(trial: Trial) -> list[str]:
         arm.saved is not None and arm.saved > MB and (arm.saved_percent or 100) < 10
         for arm in trial.arms
     ):
+        remedy = " A group has them in common: --arms plain,wrap,group."
         said.append(
             "Note: little is saved where pages hold pointers: each process has its own random "
             "addresses, so equal data is not equal bytes."
+            + ("" if any(arm.name == "group" for arm in trial.arms) else remedy)
         )
     if trial.ksm_was_on:
         said.append("Note: KSM was on already; other programs' pages are in its counters too.")
