@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 
 from conftest import AS_NOBODY, HERE, Tree, Victims, need, need_command, run, wait_until
+from test_chaining import SQL
 
 ET_EXEC = 2
 LOADER = "/lib64/ld-linux-x86-64.so.2"
@@ -320,15 +321,6 @@ ZSH = r"""
 typeset -A seen; for i in {1..3000}; do seen[$((i * 7919 % 1013))]=$i; done
 print ${#seen} ${(j:,:)${(on)${(k)seen}}[1,5]}; print -l *(N); print $(echo nested)
 print "to stderr" >&2; exit 5
-"""
-
-SQL = """
-create table t(a integer primary key, b text);
-with recursive n(i) as (select 1 union all select i + 1 from n where i < 20000)
-insert into t select i, hex(i * 7919) || printf('%.*c', i % 100, 'x') from n;
-create index u on t(b);
-select count(*), max(b), sum(length(b)) from t;
-select error;
 """
 
 C = r"""
