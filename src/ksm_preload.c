@@ -216,6 +216,45 @@ static COLD void mark_block(uintptr_t start, uintptr_t end)
     mark_new(start, end);
 }
 
+/*
+ * Where the break cannot move, since something was mapped behind the heap, the main arena takes pieces by mmap instead, most
+ * of them right below the last (sysmalloc).  These are its rows of pieces, marked but for each one's first page:
+ * so the kernel lets that one's mapping grow down by the next piece, as with the last page of the heap, and the
+ * mark moves the boundary.
+ */
+#define ROWS 16
+static struct {
+    uintptr_t start, end;
+} rows[ROWS];
+static unsigned rows_begun;
+
+/* For an allocation of the main arena outside the heap. Of a new piece, what the first one leaves is the chunk
+ * behind it, so that this tells where the piece ends. */
+static COLD void follow_piece(uintptr_t a, size_t length)
+{
+    uintptr_t start = a & -follow.page_size, end = a - 2 * sizeof length + length;
+    size_t rest = chunk_header((const void *)(a + length)) & ~(size_t)7;
+    unsigned row;
+
+    for (row = 0; row < ROWS; row++)
+        if (rows[row].start <= a && a < rows[row].end)
+            return;
+    if (rest < ARENA_SIZE) /* another thread may be writing it: what is not sane is left alone */
+        end += rest;
+    for (row = 0; row < ROWS && rows[row].start != end; row++)
+        ;
+    if (row < ROWS) {
+        mark(start + follow.page_size, end + follow.page_size);
+    } else {
+        mark(start + follow.page_size, end);
+        row = __atomic_fetch_add(&rows_begun, 1, __ATOMIC_RELAXED) % ROWS;
+        /* In this order: nobody sees a row that is longer than the old or the new one. */
+        __atomic_store_n(&rows[row].start, UINTPTR_MAX, __ATOMIC_RELEASE);
+        __atomic_store_n(&rows[row].end, end, __ATOMIC_RELEASE);
+    }
+    __atomic_store_n(&rows[row].start, start, __ATOMIC_RELEASE);
+}
+
 /* Called for an allocation at A that is not known to lie in marked memory. */
 static COLD void follow_allocation(uintptr_t a)
 {
@@ -247,8 +286,8 @@ static COLD void follow_allocation(uintptr_t a)
     }
     arena = a & -ARENA_SIZE;
     if (!(header & OTHER_ARENA)) {
-        if (follow.all) /* the main arena after a failed brk: single mappings */
-            mark(a, a + length);
+        if (follow.all)
+            follow_piece(a, length);
         return;
     }
     /* One that was given back may return, unmarked, at the same address: with a new arena, which is where a

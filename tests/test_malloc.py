@@ -722,6 +722,30 @@ def test_madvise_reaches_what_the_prctl_does(victims: Victims, tree: Tree, name:
         assert_reached(found)
 
 
+def test_heap_that_cannot_grow(victims: Victims, tree: Tree, tmp_path: Path) -> None:
+    """The break may run into a mapping, at random; every 40 bytes were a system call there once."""
+    program = victims("no_break")
+    found = []
+    for shim in (None, SHIMS[1], MADVISE):
+        env: dict[str, str] = {}
+        if shim is not None:
+            library, env = tree.shim(shim)
+            env = {**env, "LD_PRELOAD": str(library)}
+        with started([program], env) as pid:
+            found.append(of(pid))
+    assert_reached(found)
+
+    calls = []
+    for prefix in ([], ["env", f"LD_PRELOAD={library}", f"KSM_PRELOAD={env['KSM_PRELOAD']}"]):
+        log = tmp_path / f"calls-{len(prefix)}"
+        trace = "madvise" if prefix else "mmap"
+        strace = [need_command("strace"), "-qq", "-e", f"trace={trace}", "-e", "signal=none"]
+        assert run([*strace, "-o", log, *prefix, program]).returncode == 0
+        calls.append(len(log.read_text().splitlines()))
+    mapped, marked = calls
+    assert 100 < marked < 2 * mapped
+
+
 STACK_LIKE = """if True:
     import ctypes, random
     libc, source, blocks = ctypes.CDLL(None), random.Random(1), []

@@ -28,6 +28,7 @@ from ksmtool.wrap import plan_for, show
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
+DAEMON_SECONDS = 0.5
 SWEEP_SECONDS = 10.0
 RMAP_ITEM_BYTES = 64  # sizeof(struct ksm_rmap_item) on 64-bit machines, mm/ksm.c
 
@@ -302,14 +303,19 @@ class Fleet:
             )
 
     def _left_behind(self, number: int) -> bool:
+        """Look for a while: /proc is no snapshot, and a daemon may fork again as it is read."""
         mark = f"KSMTOOL_COPY={copy_text(number, self.copies)}".encode()
-        for pid in self.pids():
-            try:
-                if mark in (process.PROC / str(pid) / "environ").read_bytes().split(b"\0"):
-                    return True
-            except OSError:
-                continue
-        return False
+        deadline = time.monotonic() + DAEMON_SECONDS
+        while True:
+            for pid in self.pids():
+                try:
+                    if mark in (process.PROC / str(pid) / "environ").read_bytes().split(b"\0"):
+                        return True
+                except OSError:
+                    continue
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS / 10)
 
     def _last_words(self, number: int, lines: int = 5) -> str:
         stderr = self._stderr[number - 1]
