@@ -1353,7 +1353,9 @@ def test_members_are_found_below_a_gap(public_tree: Tree, victims: Victims) -> N
             stack.callback((ROOTS_GROUPS / name).unlink, missing_ok=True)
             command = in_group(public_tree, name)
             member = subprocess.Popen(
-                [*command, program, "1", "1", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [str(part) for part in (*command, program, 1, 1, 1)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
             )
             stack.enter_context(member)
             stack.callback(member.communicate)
