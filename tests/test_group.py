@@ -32,14 +32,7 @@ from conftest import (
     wait_until,
     without_us,
 )
-from test_wrapper import (
-    GIVEN,
-    UNSUPPORTED,
-    USAGE,
-    not_runnable,
-    refused,
-    script,
-)
+from test_wrapper import GIVEN, UNSUPPORTED, USAGE, not_runnable, refused, script
 
 pytestmark = pytest.mark.ksm
 
@@ -445,7 +438,8 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=new_session,
-        # process_group= is in Python 3.11 only; no thread of ours runs meanwhile.
+        # Popen's process_group= is in Python 3.11 only, and a launcher in between would take longer
+        # than the moments that the signals are to hit. No thread of the tests runs meanwhile.
         preexec_fn=os.setpgrp if new_group else None,  # noqa: PLW1509
     )
 
