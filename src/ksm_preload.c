@@ -244,14 +244,18 @@ static COLD void follow_piece(uintptr_t a, size_t length)
     for (row = 0; row < ROWS && rows[row].start != end; row++)
         ;
     if (row < ROWS) {
+        uintptr_t seen = end;
+
         mark(start + follow.page_size, end + follow.page_size);
-    } else {
-        mark(start + follow.page_size, end);
-        row = __atomic_fetch_add(&rows_begun, 1, __ATOMIC_RELAXED) % ROWS;
-        /* In this order: nobody sees a row that is longer than the old or the new one. */
-        __atomic_store_n(&rows[row].start, UINTPTR_MAX, __ATOMIC_RELEASE);
-        __atomic_store_n(&rows[row].end, end, __ATOMIC_RELEASE);
+        /* Not if another thread was in the piece at the same time and came first: it may have begun lower. */
+        (void)__atomic_compare_exchange_n(&rows[row].start, &seen, start, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+        return;
     }
+    mark(start + follow.page_size, end);
+    row = __atomic_fetch_add(&rows_begun, 1, __ATOMIC_RELAXED) % ROWS;
+    /* In this order: nobody sees a row that is longer than the old or the new one. */
+    __atomic_store_n(&rows[row].start, UINTPTR_MAX, __ATOMIC_RELEASE);
+    __atomic_store_n(&rows[row].end, end, __ATOMIC_RELEASE);
     __atomic_store_n(&rows[row].start, start, __ATOMIC_RELEASE);
 }
 
