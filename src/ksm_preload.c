@@ -239,24 +239,33 @@ static COLD void follow_piece(uintptr_t a, size_t length)
     for (row = 0; row < ROWS; row++)
         if (rows[row].start <= a && a < rows[row].end)
             return;
-    if (rest < ARENA_SIZE) /* another thread may be writing it: what is not sane is left alone */
+    if (rest < RESERVATION)
         end += rest;
-    for (row = 0; row < ROWS && rows[row].start != end; row++)
-        ;
-    if (row < ROWS) {
-        uintptr_t seen = end;
+    for (row = 0; row < ROWS; row++) {
+        uintptr_t seen = rows[row].start;
 
-        mark(start + follow.page_size, end + follow.page_size);
-        /* Not if another thread was in the piece at the same time and came first: it may have begun lower. */
-        (void)__atomic_compare_exchange_n(&rows[row].start, &seen, start, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+        /* Below a row, or its piece's first part, where another thread was quicker. */
+        if (start < seen && seen <= end && end <= rows[row].end) {
+            mark(start + follow.page_size, end > seen ? end : end + follow.page_size);
+            (void)__atomic_compare_exchange_n(&rows[row].start, &seen, start, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+            return;
+        }
+    }
+    /* Pieces that seldom touch: a first page left out would only be one more mapping for each, and the
+     * program may need those (vm.max_map_count). */
+    if (rows_begun >= ROWS) {
+        mark(start, end);
         return;
     }
     mark(start + follow.page_size, end);
-    row = __atomic_fetch_add(&rows_begun, 1, __ATOMIC_RELAXED) % ROWS;
-    /* In this order: nobody sees a row that is longer than the old or the new one. */
-    __atomic_store_n(&rows[row].start, UINTPTR_MAX, __ATOMIC_RELEASE);
-    __atomic_store_n(&rows[row].end, end, __ATOMIC_RELEASE);
-    __atomic_store_n(&rows[row].start, start, __ATOMIC_RELEASE);
+    if ((end & (follow.page_size - 1)) != 0) /* the chunk behind is another thread's, not the rest */
+        return;
+    row = __atomic_fetch_add(&rows_begun, 1, __ATOMIC_RELAXED);
+    if (row < ROWS) {
+        /* In this order: nobody sees a row that is longer. */
+        rows[row].start = start;
+        __atomic_store_n(&rows[row].end, end, __ATOMIC_RELEASE);
+    }
 }
 
 /* Called for an allocation at A that is not known to lie in marked memory. */
