@@ -174,6 +174,7 @@ class Tree:
     madvise_library: Path
     ksmtool: Path
     follow_library: Path
+    rescue: Path
 
     @staticmethod
     def below(prefix: Path) -> Tree:
@@ -185,6 +186,7 @@ class Tree:
             libraries / "libksm_preload.so",
             prefix / "bin" / "ksmtool",
             libraries / "libksm_preload_follow.so",
+            prefix / "bin" / "ksm-rescue",
         )
 
     def shim(self, name: str) -> tuple[Path, dict[str, str]]:
