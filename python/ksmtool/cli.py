@@ -8,10 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from ksmtool.errors import ExitStatus, KsmtoolError
+
+if TYPE_CHECKING:
+    from ksmtool.consent import Company
 
 # Options of ours end at the command: `ksmtool wrap ls --help` is ls's help.
 _WRAPPING = {"allow_interspersed_args": False}
@@ -242,6 +246,138 @@ def group_forget(name: str) -> None:
     if alive:
         keep = "1 process keeps" if alive == 1 else f"{alive} processes keep"
         click.echo(f"{keep} the old one until {'it ends' if alive == 1 else 'they end'}.")
+
+
+@cli.command("global-enable")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "ld.so.preload", "systemd"]),
+    default="auto",
+    show_default=True,
+    help="How; auto takes systemd where that is enough, and says why.",
+)
+@click.option("--dry-run", is_flag=True, help="Try it and say what would change; change nothing.")
+@click.option("--yes", is_flag=True, help="Agree to what is said about security.")
+@click.option(
+    "--logins",
+    is_flag=True,
+    help="systemd: also what people start after a login, sudo, ssh and browsers included.",
+)
+@click.option(
+    "--force", is_flag=True, help="Also where virtual machines or containers of tenants run."
+)
+def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bool) -> None:
+    """Opt in every program of this machine, but for those that the policy leaves out.
+
+    Before anything is written, a shell, a set-uid program, Python, systemd and a program of each
+    architecture run with the change in a private mount namespace; afterwards they run for real,
+    and if one does not do what it did before, the change is taken back.
+    """
+    from ksmtool import consent, ldpreload, machine, systemd  # noqa: PLC0415
+    from ksmtool.kernel import Ksm  # noqa: PLC0415
+    from ksmtool.wrap import ksm_warning, probe  # noqa: PLC0415
+
+    machine.require_root()
+    kernel = probe()
+    choice = machine.choose(method, kernel, systemd.obstacle, machine.enabled())
+    if logins and choice.method != machine.SYSTEMD:
+        raise click.UsageError("--logins is about the method systemd.")
+    click.echo(f"Method: {choice.method} ({choice.why}).")
+    for problem in ldpreload.problems():
+        click.echo(f"note: {problem}", err=True)
+    if choice.method == machine.PRELOAD:
+        entry = ldpreload.entry_for(machine.library(kernel))
+        machine.rehearse(entry, force)
+        click.echo(f"Tried in a mount namespace: programs start and print the same with {entry}.")
+    else:
+        wanted = machine.drop_ins(logins)
+    if dry_run:
+        if choice.method == machine.PRELOAD:
+            click.echo(f"/{ldpreload.FILE} would be:")
+            click.echo(ldpreload.candidate(entry, force=force))
+        for drop_in in wanted if choice.method == machine.SYSTEMD else ():
+            click.echo(f"/{drop_in.path}: MemoryKSM={'yes' if drop_in.on else 'no'}")
+        return
+    _require_consent(consent.company(), yes, force)
+    if choice.method == machine.PRELOAD:
+        click.echo(f"{machine.enable_by_preload(entry, force)}.")
+        click.echo("Programs are opted in when they start, from now on; services: restart them.")
+    else:
+        changed = machine.enable_by_systemd(wanted)
+        on = "service" if any(drop_in.on for drop_in in wanted) else "no service"
+        click.echo(
+            f"{len(changed)} drop-ins of systemd changed below /etc/systemd; {on} by service.d."
+        )
+        click.echo("Each service is opted in when it is restarted, or at the next boot.")
+        click.echo(
+            "Logins: from the next one on."
+            if logins
+            else "What people start after a login is not opted in; --logins changes that."
+        )
+    warning = ksm_warning(Ksm())
+    if warning:
+        click.echo(warning, err=True)
+
+
+def _require_consent(company: Company, yes: bool, force: bool) -> None:
+    """Say what it gives away, and go on only with a yes; tenants are a no without --force."""
+    from ksmtool import consent  # noqa: PLC0415
+
+    if company.tenants and not force:
+        raise KsmtoolError(
+            f"This machine runs {' and '.join(company.tenants)}: its memory would merge with "
+            "that of everything else.",
+            "If all of them are your own, use --force.",
+        )
+    click.echo(consent.FIVE_LINES)
+    if company.people > 1:
+        click.echo(f"note: programs of {company.people} ordinary users run now.", err=True)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise KsmtoolError("Nothing was changed: that takes a yes.", "--yes gives it.")
+    if click.prompt("Type yes to go on", default="no", show_default=False) != "yes":
+        raise KsmtoolError("Nothing was changed.")
+
+
+@cli.command("global-disable")
+@click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
+def global_disable(dry_run: bool) -> None:
+    """Take back what global-enable did, by either method."""
+    from ksmtool import ldpreload, machine, systemd  # noqa: PLC0415
+
+    machine.require_root()
+    if dry_run:
+        for entry in ldpreload.entries():
+            if entry.ours:
+                click.echo(f"/{ldpreload.FILE}: {entry.name} would be removed")
+        for drop_in in systemd.present():
+            click.echo(f"/{drop_in.path} would be removed")
+        return
+    done = machine.disable()
+    for line in done or ["Nothing of ours was enabled."]:
+        click.echo(line)
+    still = machine.processes().still
+    if still:
+        some = ", ".join(str(pid) for pid in sorted(still)[:8])
+        click.echo(
+            f"{len(still)} running processes keep the library or the flag until they are restarted "
+            f"(PID {some}{', ...' if len(still) > 8 else ''})."
+        )
+
+
+@cli.command("global-status")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of text.")
+def global_status(as_json: bool) -> None:
+    """Say what is enabled for the whole machine, and what that comes to, measured."""
+    from ksmtool import machine, report  # noqa: PLC0415
+
+    found = machine.status()
+    if as_json:
+        click.echo(report.status_as_json(found))
+    else:
+        for line in report.status_lines(found):
+            click.echo(line)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A trial for people (table and sentence) and for programs (JSON)."""
+"""What was measured, for people (tables and sentences) and for programs (JSON)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ksmtool.group import Group
 from ksmtool.kernel import PAGE_SIZE
+from ksmtool.machine import Status
 from ksmtool.trial import ArmResult, Trial
 
 SCHEMA = 1
@@ -166,6 +167,63 @@ def print_groups(groups: Sequence[Group], console: Console) -> None:
         notes.append("Note: only root can tell what merging spares from what forks share.")
     for line in notes:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def status_as_json(status: Status) -> str:
+    """Return what holds for the whole machine as JSON, schema 1."""
+    return json.dumps(
+        {
+            "schema": 1,
+            "preload": {
+                "entry": status.entry,
+                "entries": [asdict(entry) for entry in status.entries],
+                "loaded": status.loaded,
+                "complaint": status.complaint,
+                "problems": list(status.problems),
+            },
+            "systemd": {"drop_ins": {f"/{one.path}": one.on for one in status.drop_ins}},
+            "disabled_by_kill_switch": status.killed,
+            "processes": {
+                "total": status.processes.total,
+                "opted_in": status.processes.opted_in,
+                "library_loaded": status.processes.loaded,
+                "unreadable": status.processes.unreadable,
+                "left_out": dict(status.processes.left_out),
+            },
+        },
+        indent=2,
+    )
+
+
+def status_lines(status: Status) -> list[str]:
+    """Return the same as lines for a person."""
+    lines = []
+    if status.entry is None:
+        lines.append("ld.so.preload: no entry of ksm-preload")
+    else:
+        really = (
+            "programs that start now load it" if status.loaded else "but programs do NOT load it"
+        )
+        lines.append(f"ld.so.preload: {status.entry}, {really}")
+    if status.complaint:
+        lines.append(f"problem:       the loader says: {status.complaint}")
+    lines += [f"problem:       {problem}" for problem in status.problems]
+    on = sum(one.on for one in status.drop_ins)
+    off = len(status.drop_ins) - on
+    lines.append(
+        f"systemd:       {on} drop-ins with MemoryKSM=yes, {off} with no"
+        if status.drop_ins
+        else "systemd:       no drop-in of ksm-preload"
+    )
+    if status.killed:
+        lines.append("kill switch:   /run/ksm-preload.disabled is there: the libraries do nothing")
+    seen = status.processes
+    share = 100 * seen.opted_in / max(seen.total, 1)
+    lines.append(f"processes:     {seen.opted_in} of {seen.total} opted in ({share:.0f} %)")
+    lines += [f"               {count} {reason}" for reason, count in seen.left_out.most_common()]
+    if seen.unreadable:
+        lines.append(f"               {seen.unreadable} more that only root may look at")
+    return lines
 
 
 def _mb(size: float) -> str:
