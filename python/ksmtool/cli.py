@@ -289,12 +289,17 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
         entry = ldpreload.entry_for(machine.library(kernel))
         machine.rehearse(entry, force)
         click.echo(f"Tried in a mount namespace: programs start and print the same with {entry}.")
+        nothing_to_do = ldpreload.candidate(entry, force=force) == ldpreload.content()
     else:
         wanted = machine.drop_ins(logins)
+        nothing_to_do = not systemd.changes(wanted)
+    if nothing_to_do:
+        click.echo("Enabled already: nothing to change.")
+        return
     if dry_run:
         if choice.method == machine.PRELOAD:
             click.echo(f"/{ldpreload.FILE} would be:")
-            click.echo(ldpreload.candidate(entry, force=force))
+            click.echo(ldpreload.candidate(entry, force=force), nl=False)
         for drop_in in wanted if choice.method == machine.SYSTEMD else ():
             click.echo(f"/{drop_in.path}: MemoryKSM={'yes' if drop_in.on else 'no'}")
         return

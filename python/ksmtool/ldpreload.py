@@ -109,6 +109,7 @@ def adding(entry: str, root: Path = Path("/"), force: bool = False) -> Iterator[
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -120,7 +121,6 @@ def adding(entry: str, root: Path = Path("/"), force: bool = False) -> Iterator[
             yield said
             with contextlib.suppress(BrokenPipeError):  # it had the entry already and did not wait
                 process.stdin.write(b"keep\n")
-                process.stdin.flush()
         finally:
             # Its end without that line is what makes ksm-rescue take the entry out.
             process.stdin.close()
@@ -176,18 +176,17 @@ def entry_for(library: str) -> str:
 
 
 def _resolved(entry: str) -> Path | None:
-    """Ask the loader which file an entry is for this machine's own programs."""
+    """Have the loader load an entry and return the file that it took."""
     done = subprocess.run(
-        ["/bin/true"],
+        ["cat", "/proc/self/maps"],
         check=False,
-        env={"LD_PRELOAD": entry, "LD_TRACE_LOADED_OBJECTS": "1"},
+        env={"PATH": "/usr/bin:/bin", "LD_PRELOAD": entry},
         capture_output=True,
-        text=True,
     )
-    for line in done.stdout.splitlines():
-        path = Path(line.split()[0])
-        if path.name == entry.rpartition("/")[2] and path.is_absolute():
-            return path
+    name = entry.rpartition("/")[2]
+    for line in os.fsdecode(done.stdout).splitlines():
+        if line.endswith(f"/{name}"):
+            return Path(line[line.index("/") :])
     return None
 
 

@@ -115,9 +115,11 @@ def _require_the_same(
 ) -> None:
     differences = rehearsal.differences(programs, before, after)
     if differences:
+        hint = "\n      ".join(differences[1:])
+        if "architecture" in differences[0]:
+            hint = "Install ksm-preload's library for that architecture, too (libksm-preload:i386)."
         raise KsmtoolError(
-            f"With the library in /{ldpreload.FILE}, {differences[0]} {what_then}.",
-            "\n      ".join(differences[1:]) or None,
+            f"With the library in /{ldpreload.FILE}, {differences[0]} {what_then}.", hint or None
         )
 
 

@@ -177,16 +177,26 @@ def present(root: Path = Path("/")) -> list[DropIn]:
     return found
 
 
-def write(drop_ins: Iterable[DropIn], root: Path = Path("/")) -> list[str]:
+def changes(drop_ins: Iterable[DropIn], root: Path = Path("/")) -> list[str]:
+    """Return the paths that `write` would change."""
+    before, after = _contents(drop_ins, root)
+    return [path for path in {**after, **before} if before.get(path) != after.get(path)]
+
+
+def _contents(drop_ins: Iterable[DropIn], root: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Return what is in our drop-ins, and what should be."""
+    before = {one.path: (root / one.path).read_bytes() for one in present(root)}
+    return before, {one.path: one.text.encode() for one in drop_ins}
+
+
+def write(drop_ins: Sequence[DropIn], root: Path = Path("/")) -> list[str]:
     """Write the drop-ins and take away those of ours that are not among them.
 
     Returns the paths that changed. Where a write fails, all is put back as it was. Raises
     KsmtoolError.
     """
-    by_path = {drop_in.path: drop_in for drop_in in drop_ins}
-    before = {one.path: (root / one.path).read_bytes() for one in present(root)}
-    after = {path: drop_in.text.encode() for path, drop_in in by_path.items()}
-    changed = [path for path in {**after, **before} if before.get(path) != after.get(path)]
+    before, after = _contents(drop_ins, root)
+    changed = changes(drop_ins, root)
     done: list[str] = []
     try:
         for path in changed:
