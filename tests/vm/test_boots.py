@@ -89,7 +89,7 @@ def installed(folder: Path) -> Iterator[tuple[str, Path]]:
         done = run([bin_folder / "meson", *command], environment)
         assert done.returncode == 0, done.stdout + done.stderr
     for file in sorted(staged.rglob("*")):
-        if file.is_symlink() or file.is_file():
+        if (file.is_symlink() or file.is_file()) and file.suffix != ".pyc":
             yield str(file.relative_to(staged)), file
     # Meson alone does not say which version it is.
     for entry in distribution("ksm-preload").files or ():
