@@ -66,9 +66,9 @@ def kernel(suite: str, architecture: Architecture = AMD64) -> Path:
     def unpack(packed: tarfile.TarFile, output: IO[bytes]) -> None:
         for member in packed:
             if member.name.startswith("./boot/vmlinuz-"):
-                output.write(_content(packed, member))
+                output.write(content(packed, member))
 
-    return _made(
+    return made(
         f"kernel-{suite}",
         ("--variant=extract", f"--include=linux-image-{architecture.debian}", suite, "-"),
         unpack,
@@ -80,30 +80,30 @@ def base(architecture: Architecture = AMD64) -> Path:
     """Return the archive of a root with the host's release of Debian, for programs built here."""
 
     def convert(packed: tarfile.TarFile, output: IO[bytes]) -> None:
-        output.write(_entry("usr", stat.S_IFDIR | 0o755))
+        output.write(entry("usr", stat.S_IFDIR | 0o755))
         for name in MERGED:
-            output.write(_entry(f"usr/{name}", stat.S_IFDIR | 0o755))
-            output.write(_entry(name, stat.S_IFLNK | 0o777, os.fsencode(f"usr/{name}")))
+            output.write(entry(f"usr/{name}", stat.S_IFDIR | 0o755))
+            output.write(entry(name, stat.S_IFLNK | 0o777, os.fsencode(f"usr/{name}")))
         for member in packed:
             # Only what was not configured still has files in /lib.
             name = re.sub(rf"^\./(?=({'|'.join(MERGED)})/)", "./usr/", member.name)
             if member.isdir():
                 if member.name not in {f"./{name}" for name in MERGED}:
-                    output.write(_entry(name, stat.S_IFDIR | member.mode))
+                    output.write(entry(name, stat.S_IFDIR | member.mode))
             elif member.isfile():
-                data = _content(packed, member)
-                output.write(_entry(name, stat.S_IFREG | member.mode, data))
+                data = content(packed, member)
+                output.write(entry(name, stat.S_IFREG | member.mode, data))
             elif member.issym() or member.islnk():
                 # A hard link's target is named from the root.
                 target = member.linkname if member.issym() else member.linkname.lstrip(".")
-                output.write(_entry(name, stat.S_IFLNK | 0o777, os.fsencode(target)))
+                output.write(entry(name, stat.S_IFLNK | 0o777, os.fsencode(target)))
             # What is left are devices, which the kernel makes itself.
 
     left_out = (f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in LEFT_OUT)
     content = ("--variant=essential", f"--include={','.join(PACKAGES)}", *left_out)
     if architecture is not AMD64:
         content = ("--variant=extract", f"--include={','.join(UNPACKED)}")
-    return _made("base", (*content, _codename(), "-"), convert, architecture)
+    return made("base", (*content, _codename(), "-"), convert, architecture)
 
 
 def archive(files: Iterable[tuple[str, Path]]) -> bytes:
@@ -114,9 +114,9 @@ def archive(files: Iterable[tuple[str, Path]]) -> bytes:
     entries = {}
     for name, file in files:
         for parent in reversed(Path(name).parents[:-1]):
-            entries[str(parent)] = _entry(str(parent), stat.S_IFDIR | 0o755)
-        entries[name] = _entry(name, file.stat().st_mode, file.read_bytes())
-    return b"".join([*entries.values(), _entry("TRAILER!!!", 0)])
+            entries[str(parent)] = entry(str(parent), stat.S_IFDIR | 0o755)
+        entries[name] = entry(name, file.stat().st_mode, file.read_bytes())
+    return b"".join([*entries.values(), entry("TRAILER!!!", 0)])
 
 
 def boot(
@@ -132,34 +132,73 @@ def boot(
     """
     words = [f"{name}={value}" for name, value in environment.items()]
     words += [f"KSM_TEST_REPORT=/dev/{architecture.report}"]
-    console = report.with_suffix(".console")
-    for output in (report, console):
-        output.touch()
-    options = "-accel tcg -cpu max -smp 1 -m 2G -nodefaults -no-reboot -display none"
-    own_options = [part.format(report=report) for part in architecture.options.split()]
-    append = f"console={architecture.console} quiet panic=-1 rdinit=/init {' '.join(words)}"
-    command: list[object] = ["timeout", "--foreground", "--kill-after=5", SECONDS]
-    command += [need_command(architecture.emulator), "-serial", f"file:{console}"]
-    command += [*options.split(), *own_options]
-    command += ["-kernel", kernel, "-initrd", initramfs, "-append", append]
-    done = subprocess.run([str(part) for part in command], capture_output=True, check=False)
-    text = report.read_text(errors="replace").replace("\r\n", "\n")
+    append = f"rdinit=/init {' '.join(words)}"
+    ended = emulate(kernel, initramfs, append, report, SECONDS, architecture=architecture)
+    text = plain_text(report)
     if re.search(r"^status \d+\n\Z", text, re.MULTILINE):
         return text
-    said = os.fsdecode(done.stderr) + console.read_text(errors="replace")
-    return f"{text}\nQEMU ended with status {done.returncode}\n{said}\n"
+    return f"{text}\nQEMU {ended}\n{plain_text(console_of(report))}\n"
 
 
-def _made(
+def emulate(
+    kernel: Path,
+    initramfs: Path,
+    append: str,
+    report: Path,
+    seconds: float,
+    options: Sequence[object] = (),
+    architecture: Architecture = AMD64,
+) -> str:
+    """Run a machine until it ends or restarts, for `seconds` at most; return how it ended.
+
+    The second serial port is written to `report`, the console to the file beside it.
+    """
+    console = console_of(report)
+    for output in (report, console):
+        output.touch()
+    common = "-accel tcg -cpu max -smp 1 -m 2G -nodefaults -no-reboot -display none"
+    own_options = [part.format(report=report) for part in architecture.options.split()]
+    append = f"console={architecture.console} quiet panic=-1 {append}"
+    command: list[object] = [need_command(architecture.emulator), "-serial", f"file:{console}"]
+    command += [*common.split(), *own_options, *options]
+    command += ["-kernel", kernel, "-initrd", initramfs, "-append", append]
+    try:
+        done = subprocess.run(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"was stopped after {seconds:g} s"
+    return f"ended with status {done.returncode}\n{os.fsdecode(done.stderr)}".strip()
+
+
+def console_of(report: Path) -> Path:
+    """Return the file with what was written to the console of a machine with that report."""
+    return report.with_suffix(".console")
+
+
+def plain_text(file: Path) -> str:
+    """Return what was written to a serial port."""
+    return file.read_text(errors="replace").replace("\r\n", "\n")
+
+
+def made(
     name: str,
     arguments: Sequence[str],
     convert: Callable[[tarfile.TarFile, IO[bytes]], None],
-    architecture: Architecture,
+    architecture: Architecture = AMD64,
+    how: Sequence[str] = (),
 ) -> Path:
-    """Return what `convert` makes of mmdebstrap's output, from the cache if it is there."""
+    """Return what `convert` makes of mmdebstrap's output, from the cache if it is there.
+
+    `how` is what `convert` depends on.
+    """
     if architecture is not AMD64:
         name = f"{architecture.debian}-{name}"
-    recipe = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:12]
+    recipe = hashlib.sha256("\0".join((*arguments, *how)).encode()).hexdigest()[:12]
     file = CACHE / f"{name}-{recipe}"
     if file.exists():
         return file
@@ -197,12 +236,12 @@ def _made(
     return unfinished.rename(file)
 
 
-def _content(packed: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def content(packed: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = packed.extractfile(member)
     return file.read() if file else b""
 
 
-def _entry(name: str, mode: int, data: bytes = b"") -> bytes:
+def entry(name: str, mode: int, data: bytes = b"") -> bytes:
     """Return one entry of a cpio archive (Documentation/driver-api/early-userspace)."""
     path = os.fsencode(name) + b"\0"
     # inode, mode, uid, gid, links, mtime, size, two devices, length of the path, no checksum

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: MIT
+"""What has to hold on a booted Debian whose programs all opt in. test_boots.py boots it in QEMU.
+
+ksm-test.service runs this once the system is up: the functions that `ksm_test.do=` of the kernel's
+command line names, in that order. The report goes to the second serial port and ends in `status N`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ksmtool import process
+
+PRELOAD_LIST = Path("/etc/ld.so.preload")
+LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
+BROKEN = Path("/project/broken.so")
+DISABLED = Path("/run/ksm-preload.disabled")
+OFF_UNIT = "ksm-preload-off.service"
+UNIT_FOLDERS = (Path("/etc/systemd"), Path("/run/systemd"))
+
+PROBE = "ksm-probe"
+"""The service that stands for all that have nothing to do with us."""
+
+PRIVATE = ("sshd", "sshd of a login", "sudo", "gpg-agent")
+"""What holds other people's secrets: the shipped policy leaves it out."""
+
+# Each of a package that is on every Debian; they say nothing on stderr.
+EVERYDAY = (
+    "ls -l / | grep usr; cat /etc/hostname; ps -e | sort | tail -n 1; python3 -c 'print(6 * 7)'"
+)
+
+SECONDS = 60
+
+
+def word(name: str) -> str:
+    """Return the value of one word of the kernel's command line, "" if it has none."""
+    for one in Path("/proc/cmdline").read_text().split():
+        key, _, value = one.partition("=")
+        if key == name:
+            return value
+    return ""
+
+
+def say(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; it and what it says are in the report."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    print("$", *command)
+    print(done.stdout + done.stderr, end="")
+    return done
+
+
+def output(*command: str) -> str:
+    """Return what a command prints; it has to succeed and to say nothing on stderr."""
+    done = say(*command)
+    assert (done.returncode, done.stderr) == (0, ""), f"{command}: status {done.returncode}"
+    return done.stdout.rstrip("\n")
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """Poll `condition` and return what it returns once that is true."""
+    deadline = time.monotonic() + SECONDS
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        time.sleep(0.1)
+    return result
+
+
+# --- what runs, and how ---
+
+
+def named(name: str, pids: Iterator[int] | Sequence[int] | None = None) -> list[int]:
+    """Return the processes of a name, of all or of some."""
+    if pids is None:
+        pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return [pid for pid in pids if name_of(pid) == name]
+
+
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def main_pid(unit: str, *options: str) -> int:
+    return int(output("systemctl", *options, "show", "--value", "--property=MainPID", unit))
+
+
+class Console:
+    """alice's login on a terminal: `login`, PAM, her own systemd, and a shell."""
+
+    PROMPT = b"<ready>"
+
+    def __init__(self) -> None:
+        self.pid, self._terminal = pty.fork()
+        if self.pid == 0:
+            os.execv("/bin/login", ["login", "-f", "alice"])
+        self.said = b""
+        self._read_to(b"$ ")
+        # Not as it is echoed.
+        self.ask("stty -echo; PS1='<''ready>'")
+
+    def ask(self, line: str) -> str:
+        """Let the shell run a line, and return what was written to the terminal."""
+        os.write(self._terminal, line.encode() + b"\n")
+        return self._read_to(self.PROMPT)
+
+    def end(self) -> None:
+        os.write(self._terminal, b"exit\n")
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._terminal)
+        assert status == 0, f"login ended with {status}"
+
+    def _read_to(self, mark: bytes) -> str:
+        text = b""
+        while mark not in text:
+            text += os.read(self._terminal, 4096)
+        self.said += text
+        return text.replace(b"\r\n", b"\n").decode()[: -len(mark)]
+
+
+@contextmanager
+def console() -> Iterator[Console]:
+    one = Console()
+    try:
+        yield one
+        one.end()
+    finally:
+        print("--- on alice's terminal ---", one.said.decode(errors="replace"), "---", sep="\n")
+
+
+@contextmanager
+def ssh() -> Iterator[int]:
+    """Log alice in by her key, and yield the shell's PID there."""
+    command = ["runuser", "-u", "alice", "--", "ssh", "-o", "BatchMode=yes", "127.0.0.1"]
+    with subprocess.Popen(
+        [*command, "echo $$; exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        assert client.stderr is not None
+        said = client.stdout.readline()
+        if said:
+            yield int(said)
+        client.stdin.close()
+        errors = client.stderr.read()
+    assert (client.returncode, errors) == (0, "")
+
+
+def processes() -> dict[str, bool]:
+    """Log in and start what a system has; return for each whether it is opted in."""
+    found = {"a service": process.opted_in(main_pid(PROBE))}
+    with console() as terminal:
+        said = terminal.ask(f"{{ {EVERYDAY}; }} 2>/tmp/alice.err; cat /tmp/alice.err; id -un")
+        assert said.endswith("\n42\nalice\n"), "not clean on stderr"
+        said = terminal.ask("systemctl --user is-system-running --wait; sudo -n id -un")
+        assert said == "running\nroot\n", said
+
+        found["the shell of a login"] = process.opted_in(
+            named("bash", process.descendants(terminal.pid))[0]
+        )
+        said = terminal.ask("systemd-run --user --quiet --unit=probe sleep infinity")
+        assert said == "", said
+        sleeping = main_pid("probe", "--user", "--machine=alice@.host")
+        found["a service of alice"] = process.opted_in(sleeping)
+        terminal.ask("systemctl --user stop probe")
+
+        terminal.ask("sudo -n sleep infinity &")
+        sleeping = wait_until(
+            lambda: named("sleep", process.descendants(terminal.pid)), "sudo has started sleep"
+        )[0]
+        sudo = named("sudo", process.descendants(terminal.pid))
+        found["sudo"] = any(process.opted_in(pid) for pid in sudo)
+        terminal.ask("sudo -n pkill -x sleep; wait")
+
+        said = terminal.ask("gpgconf --launch gpg-agent && echo launched")
+        assert said == "launched\n", said
+        found["gpg-agent"] = process.opted_in(named("gpg-agent")[0])
+        terminal.ask("gpgconf --kill gpg-agent")
+
+    daemon = main_pid("ssh")
+    found["sshd"] = process.opted_in(daemon)
+    with ssh() as shell:
+        of_login = [pid for pid in process.descendants(daemon) if name_of(pid).startswith("sshd")]
+        assert of_login
+        found["sshd of a login"] = any(process.opted_in(pid) for pid in of_login)
+        found["a program by ssh"] = process.opted_in(shell)
+    for name, opted_in in found.items():
+        print(f"{name}: {'opted in' if opted_in else 'not opted in'}")
+    return found
+
+
+def all_opted_in() -> dict[int, str]:
+    """Return PID and name of every process that is opted in now."""
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return {pid: name_of(pid) for pid in pids if process.opted_in(pid)}
+
+
+# --- what holds at each boot ---
+
+
+def is_up() -> None:
+    """Every unit is up, and nobody complains about us or about what ld.so could not load."""
+    said = say("systemctl", "is-system-running", "--wait")
+    failed = output("systemctl", "--failed", "--no-legend", "--plain")
+    for unit in failed.splitlines():
+        say("systemctl", "status", "--no-pager", "--lines=30", unit.split()[0])
+    assert (said.stdout, failed) == ("running\n", "")
+    assert output("systemctl", "is-active", "multi-user.target") == "active"
+    errors = output("journalctl", "--boot", "--priority=err", "--no-pager", "--quiet")
+    assert "ksm" not in errors.lower()
+    everything = subprocess.run(
+        ["journalctl", "--boot", "--no-pager"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert "ERROR: ld.so" not in everything.stdout
+
+
+def our_files() -> list[str]:
+    """Return what global-enable may leave in the folders of units."""
+    return sorted(
+        str(file)
+        for folder in UNIT_FOLDERS
+        for file in folder.rglob("*")
+        if file.is_file() and ("libksm_preload" in (text := file.read_text()) or "KSM=" in text)
+    )
+
+
+def status() -> dict[str, Any]:
+    """Return what ksmtool says is set globally."""
+    told: dict[str, Any] = json.loads(output("ksmtool", "global-status", "--json"))
+    assert told["schema"] == 1
+    return told
+
+
+# --- what a boot does: the words of ksm_test.do ---
+
+
+def plain() -> None:
+    """Nothing is opted in, and everything works."""
+    is_up()
+    assert all_opted_in() == {}
+    assert set(processes().values()) == {False}
+    assert not PRELOAD_LIST.exists()
+    assert our_files() == []
+
+
+def disabled() -> None:
+    """As if we had never been enabled, and ksmtool says so."""
+    plain()
+    assert status()["method"] is None
+
+
+def enable() -> None:
+    """Enable by the method that ksmtool chooses itself."""
+    assert output("ksmtool", "global-enable", "--yes") != ""
+    assert status()["method"] == word("ksm_test.method")
+
+
+def enable_list() -> None:
+    """Enable by the file, whatever is best here."""
+    assert output("ksmtool", "global-enable", "--yes", "--method", "ld.so.preload") != ""
+    assert "libksm_preload" in PRELOAD_LIST.read_text()
+
+
+def enabled() -> None:
+    """Programs are opted in, those of the policy are not, and everything works."""
+    is_up()
+    method = word("ksm_test.method")
+    told = status()
+    assert told["method"] == method
+    assert PRELOAD_LIST.exists() == (method == "ld.so.preload")
+    print("opted in:", *sorted(set(all_opted_in().values())))
+    found = processes()
+    wrong = [name for name in PRIVATE if found[name]]
+    assert not wrong, f"opted in against the policy: {wrong}"
+    expected = ["a service", "a service of alice"]
+    if method == "ld.so.preload":
+        expected += ["the shell of a login", "a program by ssh"]
+    missing = [name for name in expected if not found[name]]
+    assert not missing, f"not opted in: {missing}"
+
+
+def disable() -> None:
+    output("ksmtool", "global-disable")
+    assert not PRELOAD_LIST.exists()
+    assert our_files() == []
+
+
+def break_library() -> None:
+    """Let our libraries kill every program, at once: nothing can be started after this."""
+    for name in ("libksm_preload.so", "libksm_preload_prctl.so"):
+        library = LIBRARIES / name
+        shutil.copy(library, BROKEN.with_name(name))
+        # Those that run keep the old one.
+        shutil.copy(BROKEN, library.with_suffix(".new"))
+        library.with_suffix(".new").rename(library)
+    for command in ("/bin/true", "/bin/systemctl"):
+        assert subprocess.run([command], check=False).returncode == -11, f"{command} still works"
+
+
+def rescued() -> None:
+    """Back, with all units, though our libraries are still broken; then repair them."""
+    is_up()
+    assert not PRELOAD_LIST.exists() or "libksm_preload" not in PRELOAD_LIST.read_text()
+    processes()
+    for name in ("libksm_preload.so", "libksm_preload_prctl.so"):
+        shutil.copy(BROKEN.with_name(name), LIBRARIES / f"{name}.new")
+        (LIBRARIES / f"{name}.new").rename(LIBRARIES / name)
+
+
+def switched_off() -> None:
+    """Enabled, but what the kernel's command line says counts: from early in the boot."""
+    is_up()
+    assert PRELOAD_LIST.exists()
+    assert DISABLED.exists()
+    said = output(
+        "systemctl", "show", "--value", "--property=ExecMainExitTimestampMonotonic", OFF_UNIT
+    )
+    since = int(said) / 1e6
+    late = {pid: name for pid, name in all_opted_in().items() if started(pid) > since}
+    assert late == {}, f"opted in after {since:.1f} s: {late}"
+    assert set(processes().values()) == {False}
+
+
+def started(pid: int) -> float:
+    """Return how many seconds after the kernel a process has started."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def fail() -> None:
+    """See that a failure is seen."""
+    raise AssertionError("on purpose")
+
+
+DO: tuple[Callable[[], None], ...] = (
+    plain,
+    disabled,
+    enable,
+    enable_list,
+    enabled,
+    disable,
+    break_library,
+    rescued,
+    switched_off,
+    fail,
+)
+
+
+def main() -> None:
+    """Do what the command line says, report, and switch the machine off."""
+    known = {one.__name__: one for one in DO}
+    wanted = word("ksm_test.do").split(",")
+    result = 0
+    try:
+        for name in wanted:
+            start = time.monotonic()
+            print(f"== {name}", flush=True)
+            known[name]()
+            print(f"== {name} holds, {time.monotonic() - start:.1f} s", flush=True)
+    except Exception:  # the report is all that anybody sees
+        traceback.print_exc()
+        result = 1
+    print(f"status {result}", flush=True)
+    if "break_library" in wanted:
+        os.sync()
+        for key in "uo":  # all file systems read-only, off
+            Path("/proc/sysrq-trigger").write_text(key)
+    else:
+        subprocess.run(["systemctl", "poweroff"], check=True)
+
+
+if __name__ == "__main__":
+    main()
