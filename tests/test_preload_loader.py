@@ -120,7 +120,7 @@ def text(source: random.Random) -> bytes:
     for _ in range(source.choice((1, 2, 3, 5, 8, 12, 20))):
         kind = source.random()
         if kind < odd:
-            parts.append(source.choice((b"\0", b"\0", b"\r", b"\xff\xc3", b"\x7f", b"/", b"'")))
+            parts.append(source.choice((b"\0", b"\0", b"\r", b"\xff\xc3", b"\x7f", b"'")))
         elif kind < odd + comments:
             parts.append(os.fsencode(source.choice(COMMENTS)))
         else:
@@ -269,7 +269,8 @@ def compare(root: Root, seed: str, count: int) -> str:
         impossible += ended[2].status != 0
         comments += b"#" in before
         failures += [f"{before!r}, {entry!r}: {reason}" for reason in judge(entry, before, ended)]
-    assert not failures, f"{len(failures)} disagree:\n" + "\n".join(failures[:20])
+    if failures:
+        pytest.fail("\n".join([f"{len(failures)} disagree:", *(f[-500:] for f in failures[:20])]))
     version = run(["strings", "-n8", root.folder / LIBC[1]]).stdout
     glibc = re.search(r"GNU C Library .* version ([\d.]+\d)", version)
     assert glibc is not None
