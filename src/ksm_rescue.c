@@ -13,9 +13,12 @@
 #include "rawsys.h"
 
 #include <asm/stat.h>
+#include <asm/statfs.h>
 #include <asm/unistd.h>
 #include <linux/errno.h>
 #include <linux/fcntl.h>
+#include <linux/poll.h>
+#include <linux/signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 
@@ -24,8 +27,9 @@
 #define NEW_NAME ".ld.so.preload.ksm-new"
 #define MS_REMOUNT 32
 #define MS_RDONLY 1
+#define MS_KEPT 0xe /* nosuid, nodev, noexec: the same bits in statfs(2) */
 #define LOCK_EX_NB 6
-#define POLLIN 1
+#define W_OK 2
 #define CONFIRM_SECONDS 300
 #define LOCK_SECONDS 10
 
@@ -38,9 +42,11 @@ enum { DONE, FAILED, USAGE };
 #if defined(__i386__)
 typedef struct stat64 file_status;
 #define __NR_file_status __NR_fstat64
+#define __NR_named_status __NR_fstatat64
 #else
 typedef struct stat file_status;
 #define __NR_file_status __NR_fstat
+#define __NR_named_status __NR_newfstatat
 #endif
 
 struct seconds {
@@ -123,6 +129,7 @@ static const char *reason(long error)
     case ENOENT: return "No such file or directory";
     case EINTR: return "Interrupted";
     case EIO: return "Input/output error";
+    case EAGAIN: return "Somebody else has been editing it for 10 seconds";
     case EACCES: return "Permission denied";
     case ENOTDIR: return "Not a directory";
     case ENOSPC: return "No space left on device";
@@ -211,32 +218,74 @@ static long copy_attributes(int from, int to)
     return 0;
 }
 
-static long write_new(int etc, const char *text, size_t size, const struct file *old)
-{
-    /* For other users' programs it is not there unless they can read it: access(2) in elf/rtld.c. */
-    unsigned mode = old->exists && (old->status.st_mode & 4) ? old->status.st_mode & 0777 : 0644;
-    long error = call(unlinkat, etc, NEW_NAME, 0); /* of one that was killed; we have the lock */
-    int new;
+/* The file of NEW_NAME, empty and locked by us, or why there is none. */
+static long new_file = -ENOENT;
 
-    if (error < 0 && error != -ENOENT)
-        return error;
-    new = (int)call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (new < 0)
-        return new;
-    error = put(new, text, size);
-    if (error == 0 && old->exists) {
-        error = call(fchown, new, old->status.st_uid, old->status.st_gid);
+/*
+ * The new file is the lock as well: only root can open it, while anybody could hold one on the folder for ever.
+ * What a killed run left behind is not locked, and goes.
+ */
+static void lock(int etc)
+{
+    struct seconds tenth = {0, 100 * 1000 * 1000};
+
+    for (int tenths = 0; tenths < LOCK_SECONDS * 10;) {
+        file_status opened, named;
+        long error;
+
+        new_file = call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+        if (new_file < 0)
+            return;
+        error = call(flock, new_file, LOCK_EX_NB);
         if (error == 0)
-            error = copy_attributes(old->open, new);
+            error = call(file_status, new_file, &opened);
+        if (error == 0) {
+            /* Whoever had it may have renamed it meanwhile; then it is not ours to write to. */
+            if (call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
+                opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) {
+                if (opened.st_size == 0)
+                    return;
+                error = call(unlinkat, etc, NEW_NAME, 0);
+            }
+        } else if (error == -EAGAIN) {
+            call(nanosleep, &tenth);
+            tenths++;
+            error = 0;
+        }
+        call(close, new_file);
+        new_file = error < 0 ? error : -EAGAIN;
+        if (error < 0)
+            return;
+    }
+}
+
+static void unlock(int etc)
+{
+    if (new_file >= 0) {
+        call(unlinkat, etc, NEW_NAME, 0);
+        call(close, new_file);
+    }
+    new_file = -ENOENT;
+}
+
+static unsigned mode_of(const struct file *file)
+{
+    return file->exists ? file->status.st_mode & 0777 : 0644;
+}
+
+static long write_new(const char *text, size_t size, const struct file *old, unsigned mode)
+{
+    long error = put((int)new_file, text, size);
+
+    if (error == 0 && old->exists) {
+        error = call(fchown, new_file, old->status.st_uid, old->status.st_gid);
+        if (error == 0)
+            error = copy_attributes(old->open, (int)new_file);
     }
     /* After the ACL, which would bring its own mode. */
     if (error == 0)
-        error = call(fchmod, new, mode);
-    if (error == 0)
-        error = call(fsync, new);
-    if (call(close, new) < 0 && error == 0)
-        error = -EIO;
-    return error;
+        error = call(fchmod, new_file, mode);
+    return error == 0 ? call(fsync, new_file) : error;
 }
 
 /* Keeps what is not only ours under a name with the time, such as ld.so.preload.20261126T091500Z. */
@@ -266,18 +315,20 @@ static long back_up(int etc, char *name)
 }
 
 /* Puts TEXT in the place of the OLD file; no file if TEXT is empty.  Returns 0 or -errno. */
-static long replace(int etc, const char *text, size_t size, const struct file *old)
+static long replace(int etc, const char *text, size_t size, const struct file *old, unsigned mode)
 {
     long error;
 
     if (size == 0) {
         error = call(unlinkat, etc, FILE_NAME, 0);
     } else {
-        error = write_new(etc, text, size, old);
+        error = write_new(text, size, old, mode);
         if (error == 0)
             error = call(renameat, etc, NEW_NAME, etc, FILE_NAME);
-        if (error < 0)
-            call(unlinkat, etc, NEW_NAME, 0);
+        if (error == 0) {
+            call(close, new_file);
+            new_file = -ENOENT;
+        }
     }
     /* Of what is done already there is nothing to take back. */
     if (error == 0 && call(fsync, etc) < 0)
@@ -331,37 +382,29 @@ static int list(const char *text, size_t size)
     return error == 0 ? DONE : fail("Cannot write the list", error);
 }
 
-static long lock(int etc)
-{
-    for (int tenths = 0;; tenths++) {
-        struct seconds tenth = {0, 100 * 1000 * 1000};
-        long error = call(flock, etc, LOCK_EX_NB);
-
-        if ((error != -EAGAIN && error != -EINTR) || tenths >= LOCK_SECONDS * 10)
-            return error;
-        call(nanosleep, &tenth);
-    }
-}
-
-/* Whether the line `keep` comes on stdin in time; its end, a timeout or an error means no. */
+/*
+ * Whether the line `keep` comes on stdin in time; its end, a timeout, an error, or a signal that would have ended us
+ * means no: a machine that is shut down meanwhile does not start with an entry that nobody has confirmed.
+ */
 static bool is_confirmed(void)
 {
+    unsigned long ending[8 / sizeof(long)] = {1 << (SIGHUP - 1) | 1 << (SIGINT - 1) | 1 << (SIGTERM - 1)};
+    int signals = (int)call(signalfd4, -1, ending, 8, O_CLOEXEC);
     char line[5];
     size_t size = 0;
 
     for (;;) {
-        struct pollfd_ {
-            int file;
-            short events, happened;
-        } input = {0, POLLIN, 0};
+        struct pollfd inputs[] = {{0, POLLIN, 0}, {signals, POLLIN, 0}};
         struct seconds limit = {CONFIRM_SECONDS, 0};
-        long got = call(ppoll, &input, 1, &limit, 0, 0);
+        long got = call(ppoll, inputs, 2, &limit, 0, 0);
 
         if (got == -EINTR)
             continue;
-        if (got <= 0)
+        if (got <= 0 || inputs[1].revents != 0)
             return false;
         got = call(read, 0, line + size, sizeof line - size);
+        if (got == -EINTR)
+            continue;
         if (got <= 0)
             return false;
         size += (size_t)got;
@@ -371,23 +414,31 @@ static bool is_confirmed(void)
     }
 }
 
-/* Brings the file of `then` back, if nobody has edited ours meanwhile; else only takes our entry out. */
-static int take_back(int etc, size_t added)
+/*
+ * Brings the file of `then` back, if nobody has edited ours meanwhile, and its BACKUP is not needed; else only takes
+ * our entry out.
+ */
+static int take_back(int etc, size_t added, const char *backup)
 {
     long error;
+    size_t size;
 
     copy(scratch, now.text, added);
-    error = read_file(etc, &now);
+    lock(etc);
+    error = new_file < 0 ? new_file : read_file(etc, &now);
+    if (error == 0 && now.exists && now.size == added && same(scratch, now.text, added)) {
+        error = replace(etc, then.text, then.size, &then, mode_of(&then));
+        if (error == 0 && backup != NULL)
+            call(unlinkat, etc, backup, 0);
+    } else if (error == 0) {
+        copy(then.text, now.text, now.size);
+        size = preload_file_remove(now.text, now.size, scratch);
+        if (size != now.size || !same(now.text, then.text, size))
+            error = replace(etc, now.text, size, &now, mode_of(&now));
+    }
     if (error < 0)
-        return fail("Cannot read /etc/" FILE_NAME, error);
-    if (now.exists && now.size == added && same(scratch, now.text, added))
-        error = replace(etc, then.text, then.size, then.exists ? &then : &now);
-    else
-        error = replace(etc, now.text, preload_file_remove(now.text, now.size, scratch), &now);
-    if (error < 0)
-        return fail("Cannot take the entry out of /etc/" FILE_NAME " again", error);
-    fail("Not confirmed, so /etc/" FILE_NAME " is as it was", 0);
-    return FAILED;
+        return fail("Not confirmed, but the entry cannot be taken out of /etc/" FILE_NAME, error);
+    return fail("Not confirmed, so the entry is out of /etc/" FILE_NAME " again", 0);
 }
 
 static int edit(int etc, const struct request *request)
@@ -395,6 +446,7 @@ static int edit(int etc, const struct request *request)
     char backup[] = BACKUP_NAME;
     bool backed_up = false;
     long error = read_file(etc, &then);
+    unsigned mode = mode_of(&then);
     size_t size, others;
 
     if (error == -EINVAL || error == -EFBIG)
@@ -412,8 +464,10 @@ static int edit(int etc, const struct request *request)
         copy(now.text, then.text, then.size);
         now.size = preload_file_add(now.text, then.size, request->entry, scratch);
         if (now.size == PRELOAD_FILE_IMPOSSIBLE)
-            return fail("Whatever is added to /etc/" FILE_NAME
-                        " changes what the loader takes from its comments; remove them first", 0);
+            return fail("Whatever is added to /etc/" FILE_NAME " makes it too long, or changes what the"
+                        " loader takes from its comments; remove them first", 0);
+        /* For other users' programs it is not there unless they can read it: access(2) in elf/rtld.c. */
+        mode |= 0444;
     }
     size = now.size;
     if (request->dry_run)
@@ -423,13 +477,15 @@ static int edit(int etc, const struct request *request)
                                       : "/etc/" FILE_NAME " has no entry of ksm-preload\n");
         return DONE;
     }
+    if (new_file < 0)
+        return fail("Cannot write /etc/" FILE_NAME, new_file);
     if (others > 0) {
         error = back_up(etc, backup);
         if (error < 0 && error != -EEXIST)
             return fail("Cannot keep a copy of /etc/" FILE_NAME, error);
         backed_up = error == 0;
     }
-    error = replace(etc, now.text, size, &then);
+    error = replace(etc, now.text, size, &then, mode);
     if (error < 0) {
         if (backed_up)
             call(unlinkat, etc, backup, 0);
@@ -437,24 +493,33 @@ static int edit(int etc, const struct request *request)
     }
     say(1, request->entry == NULL ? "/etc/" FILE_NAME ": entry of ksm-preload removed\n"
                                   : "/etc/" FILE_NAME ": entry of ksm-preload added\n");
-    if (request->confirm && !is_confirmed())
-        return take_back(etc, size);
-    return DONE;
+    if (!request->confirm)
+        return DONE;
+    unlock(etc); /* nobody has to wait for the answer */
+    return is_confirmed() ? DONE : take_back(etc, size, backed_up ? backup : NULL);
 }
 
 static int run(const struct request *request)
 {
-    /* Whoever sends one waits for a moment; a terminal's Ctrl-C is seen as the end of stdin. */
+    /* Whoever sends one waits for a moment. */
     unsigned long all[8 / sizeof(long)];
     bool remounted = false;
-    long root = -100, etc, error;
+    unsigned long flags = 0;
+    struct statfs mounted;
+    long root = AT_FDCWD, etc, error;
     int status;
 
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
         all[i] = ~0UL;
     call(rt_sigprocmask, 2, all, 0, 8);
+    /* Where some of the first three are closed, no file of ours becomes stdout. */
+    do
+        error = call(openat, AT_FDCWD, "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    while (error >= 0 && error <= 2);
+    call(close, error);
+    now.open = then.open = -1;
     if (request->root != NULL) {
-        root = call(openat, -100, request->root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        root = call(openat, AT_FDCWD, request->root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         if (root < 0)
             return fail("Cannot open the folder of --root", root);
         etc = call(openat, root, "etc", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
@@ -464,17 +529,23 @@ static int run(const struct request *request)
     if (etc < 0)
         return fail("Cannot open the folder etc", etc);
     if (!request->list && !request->dry_run) {
-        error = lock((int)etc);
-        if (error < 0)
-            return fail(error == -EAGAIN ? "Somebody else is editing it for 10 seconds now"
-                                         : "Cannot lock /etc", error == -EAGAIN ? 0 : error);
-        if (request->remount && request->root == NULL && call(faccessat, etc, ".", 2) == -EROFS)
-            remounted = call(mount, "", "/", 0, MS_REMOUNT, 0) == 0;
+        if (request->remount && request->root == NULL && call(faccessat, etc, ".", W_OK) == -EROFS &&
+            call(statfs, "/", &mounted) == 0) {
+            flags = (unsigned long)mounted.f_flags & MS_KEPT;
+            remounted = call(mount, "", "/", 0, MS_REMOUNT | flags, 0) == 0;
+        }
+        lock((int)etc);
     }
     status = edit((int)etc, request);
+    unlock((int)etc);
     if (remounted) {
+        /* A deleted file that is open would keep it from being read-only. */
+        call(close, then.open);
+        call(close, now.open);
         call(sync);
-        call(mount, "", "/", 0, MS_REMOUNT | MS_RDONLY, 0);
+        error = call(mount, "", "/", 0, MS_REMOUNT | MS_RDONLY | flags, 0);
+        if (error < 0)
+            fail("/ stays writable", error);
     }
     return status;
 }
@@ -483,7 +554,8 @@ static int run(const struct request *request)
 static int boot(char **argv, char **envp)
 {
     static const struct request take_out = {.remount = true};
-    static char init[] = "/sbin/init";
+    static char inits[][sizeof "/sbin/init"] = {"/sbin/init", "/etc/init", "/bin/init", "/bin/sh"};
+    long error = 0;
 
     say(2, "ksm-rescue: started by the kernel, will go on with /sbin/init\n");
     (void)run(&take_out);
@@ -492,16 +564,21 @@ static int boot(char **argv, char **envp)
 
         call(rt_sigprocmask, 2, none, 0, 8);
     }
-    argv[0] = init;
-    return fail("Cannot run /sbin/init", call(execve, init, argv, envp));
+    /* Those that the kernel tries. */
+    for (unsigned i = 0; i < sizeof inits / sizeof *inits; i++) {
+        argv[0] = inits[i];
+        error = call(execve, inits[i], argv, envp);
+    }
+    return fail("Cannot run /sbin/init", error);
 }
 
 static int main_(int argc, char **argv, char **envp)
 {
     struct request request = {0};
+    /* The kernel gives its first program those words of its command line that it does not know: not ours. */
+    bool is_first = call(getpid) == 1;
 
-    /* The kernel gives its first program those words of its command line that it does not know. */
-    if (call(getpid) == 1 && (argc < 2 || argv[1][0] != '-'))
+    if (is_first && argc < 2)
         return boot(argv, envp);
     for (int i = 1; i < argc; i++) {
         if (is(argv[i], "--root") && i + 1 < argc)
@@ -519,7 +596,7 @@ static int main_(int argc, char **argv, char **envp)
         else if (is(argv[i], "--remount"))
             request.remount = true;
         else
-            return usage();
+            return is_first ? boot(argv, envp) : usage();
     }
     if ((request.entry == NULL && (request.confirm || request.force)) ||
         (request.list && (request.entry != NULL || request.dry_run)) ||
@@ -529,7 +606,7 @@ static int main_(int argc, char **argv, char **envp)
         size_t length = length_of(request.entry);
 
         for (size_t i = 0; i < length; i++)
-            if (request.entry[i] <= ' ' || request.entry[i] == ':' || request.entry[i] == '#')
+            if ((unsigned char)request.entry[i] <= ' ' || request.entry[i] == ':' || request.entry[i] == '#')
                 return fail("The loader cannot read such an ENTRY: it holds a separator or #", 0), USAGE;
         if (!preload_name_is_ours(request.entry, length))
             return fail("ENTRY is not a library of ksm-preload", 0), USAGE;

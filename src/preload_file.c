@@ -223,7 +223,7 @@ size_t preload_file_add(char *text, size_t size, const char *entry, char *scratc
     }
     while (entry[length] != '\0')
         length++;
-    if (size + length + 1 > PRELOAD_FILE_MAX)
+    if (size + length + 1 >= PRELOAD_FILE_MAX)
         return PRELOAD_FILE_IMPOSSIBLE;
     copy(old, text, size);
     old_size = size;

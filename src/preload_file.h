@@ -12,7 +12,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* More than this is no list of libraries; the buffers of whoever edits it have this size. */
+/* This much or more is no list of libraries; the buffers of whoever edits it have this size. */
 #define PRELOAD_FILE_MAX ((size_t)64 * 1024)
 
 struct preload_name {
