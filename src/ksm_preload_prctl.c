@@ -2,12 +2,13 @@
 /*
  * libksm_preload_prctl.so: opts the process it is loaded into in to KSM, and does nothing else.
  *
- * Everything this file does happens once, in its constructor, before main(): one system call to
- * learn whether the program is privileged, one to switch the kernel's flag.  It needs no libc, exports
- * no symbol, allocates nothing, opens nothing, leaves errno alone.  Every failure means the same:
- * the program runs as if we were not here.
+ * Everything this file does happens once, in its constructor, before main(): it learns whether the
+ * program is privileged, asks the policy, and switches the kernel's flag.  It needs no libc, exports
+ * no symbol, allocates nothing, opens nothing but the policy, leaves errno alone.  Every failure means
+ * that the program runs and is not opted in.
  */
 #include "merge.h"
+#include "policy.h"
 #include "rawsys.h"
 #include "settings.h"
 
@@ -90,6 +91,7 @@ static void leave_out(void)
 __attribute__((constructor)) static void opt_in(int argc, char **argv, char **envp)
 {
     struct settings settings;
+    enum policy_answer answer;
     long error;
 
     switch (is_privileged()) {
@@ -111,6 +113,14 @@ __attribute__((constructor)) static void opt_in(int argc, char **argv, char **en
         if (settings.verbose)
             say(settings.off ? "ksm_preload: left out: KSM_PRELOAD=off\n"
                              : "ksm_preload: left to libksm_preload.so: KSM_PRELOAD=madvise\n");
+        return;
+    }
+
+    answer = ask_policy();
+    if (answer != POLICY_LETS_IN) {
+        leave_out();
+        if (settings.verbose)
+            say(policy_reason(answer));
         return;
     }
 
