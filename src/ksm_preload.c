@@ -672,7 +672,7 @@ __attribute__((constructor)) static void opt_in(void)
     }
     settings = read_settings(environ);
     if (!settings.off)
-        answer = ask_policy();
+        answer = ask_policy(NULL, NULL);
     left_out = settings.off || answer != POLICY_LETS_IN;
     if (left_out || settings.madvise)
         (void)set_flag(0);

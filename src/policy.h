@@ -35,8 +35,10 @@ enum { POLICY_LONGEST_LINE = 511 };
 enum policy_verdict { POLICY_UNDECIDED, POLICY_ALLOW, POLICY_DENY };
 
 struct policy {
-    const char *path, *base; /* of the executable: whole, and from behind the last `/` */
+    const char *path, *base; /* of the executable: whole or NULL, and from behind the last `/` */
     size_t path_length, base_length;
+    char first; /* of the path: if that is not known, `/` */
+    bool wants_path;               /* a rule may match the whole path, which is not known */
     enum policy_verdict decided;   /* by the first rule that matched */
     enum policy_verdict otherwise; /* the first `default` */
     unsigned kept;                 /* bytes in `line`; one more than fit a line: it is too long */
@@ -133,6 +135,22 @@ static inline bool policy_is(const char *text, size_t length, const char *word)
     return length == 0 && *word == '\0';
 }
 
+/* Whether a pattern with a `/` in it may match a path of that base name. */
+static inline bool policy_may_end_in(const char *pattern, size_t length, const char *base,
+                                     size_t base_length)
+{
+    for (;;) {
+        char c = pattern[--length];
+
+        if (c == '*' || c == '?' || c == ']')
+            return true;
+        if (c == '/' || base_length == 0)
+            return c == '/' && base_length == 0;
+        if (c != base[--base_length])
+            return false;
+    }
+}
+
 static inline void policy_read_line(struct policy *policy, const char *line, size_t length)
 {
     enum policy_verdict verdict = POLICY_DENY;
@@ -163,8 +181,10 @@ static inline void policy_read_line(struct policy *policy, const char *line, siz
             return;
         whole |= line[i] == '/';
     }
-    if (whole ? policy_matches(line, length, policy->path, policy->path_length)
-              : policy_matches(line, length, policy->base, policy->base_length))
+    if (whole && policy->path == NULL)
+        policy->wants_path = policy_may_end_in(line, length, policy->base, policy->base_length);
+    else if (whole ? policy_matches(line, length, policy->path, policy->path_length)
+                   : policy_matches(line, length, policy->base, policy->base_length))
         policy->decided = verdict;
 }
 
@@ -172,8 +192,13 @@ static inline void policy_read_line(struct policy *policy, const char *line, siz
 static inline bool policy_cannot_match(const struct policy *policy, const char *line, size_t length)
 {
     return length > 5 && line[0] == 'd' && line[1] == 'e' && line[2] == 'n' && line[3] == 'y' &&
-           line[4] == ' ' && line[5] != policy->base[0] && line[5] != policy->path[0] &&
+           line[4] == ' ' && line[5] != policy->base[0] && line[5] != policy->first &&
            line[5] != '*' && line[5] != '?' && line[5] != '[' && !policy_is_blank(line[5]);
+}
+
+static inline bool policy_is_done(const struct policy *policy)
+{
+    return policy->decided != POLICY_UNDECIDED || policy->wants_path;
 }
 
 static inline void policy_keep(struct policy *policy, const char *text, size_t length)
@@ -184,10 +209,10 @@ static inline void policy_keep(struct policy *policy, const char *text, size_t l
     }
 }
 
-/* The text may come in pieces, cut anywhere.  True once a rule has matched: no more has to come. */
+/* The text may come in pieces, cut anywhere.  True when no more has to come. */
 static inline bool policy_read(struct policy *policy, const char *text, size_t length)
 {
-    for (size_t at = 0; at < length && policy->decided == POLICY_UNDECIDED;) {
+    for (size_t at = 0; at < length && !policy_is_done(policy);) {
         size_t start = at;
 
         while (at < length && text[at] != '\n')
@@ -203,33 +228,46 @@ static inline bool policy_read(struct policy *policy, const char *text, size_t l
         }
         at++;
     }
-    return policy->decided != POLICY_UNDECIDED;
+    return policy_is_done(policy);
 }
 
 /* At the end of each text, whose last line may lack its newline. */
 static inline bool policy_end(struct policy *policy)
 {
-    if (policy->kept > 0 && policy->decided == POLICY_UNDECIDED)
+    if (policy->kept > 0 && !policy_is_done(policy))
         policy_read_line(policy, policy->line, policy->kept);
     policy->kept = 0;
-    return policy->decided != POLICY_UNDECIDED;
+    return policy_is_done(policy);
 }
 
-/* `path` is what /proc/self/exe says, not empty; a NUL has to follow it. */
-static inline void policy_begin(struct policy *policy, const char *path, size_t length)
+/* Sorted by the first byte of their patterns, which is no wildcard: src/policy_defaults.py. */
+static inline void policy_read_defaults(struct policy *policy)
+{
+    unsigned char first = (unsigned char)policy->base[0];
+
+    if (first < sizeof policy_defaults_from / sizeof *policy_defaults_from - 1)
+        policy_read(policy, policy_defaults + policy_defaults_from[first],
+                    (size_t)(policy_defaults_from[first + 1] - policy_defaults_from[first]));
+}
+
+/* `path` is what /proc/self/exe says, not empty, and a NUL behind it; or if not `whole`, has at least its base name. */
+static inline void policy_begin(struct policy *policy, const char *path, size_t length, bool whole)
 {
     static const char deleted[] = " (deleted)"; /* fs/d_path.c: since the start it was replaced */
     const size_t tail = sizeof deleted - 1;
 
     if (length > tail && policy_is(path + length - tail, tail, deleted))
         length -= tail;
-    policy->path = policy->base = path;
+    policy->path = whole ? path : NULL;
     policy->path_length = length;
+    policy->first = whole ? path[0] : '/';
+    policy->base = path;
     for (size_t i = 0; i < length; i++)
         if (path[i] == '/')
             policy->base = path + i + 1;
     policy->base_length = (size_t)(path + length - policy->base);
     policy->decided = policy->otherwise = POLICY_UNDECIDED;
+    policy->wants_path = false;
     policy->kept = 0;
 }
 
@@ -243,7 +281,7 @@ static inline bool policy_denies(const struct policy *policy)
 /* Each with a buffer of its own, which is to take stack only while it is used. */
 #define POLICY_CALLED __attribute__((noinline, unused))
 
-#define POLICY_FOLDER "/etc/ksm-preload/"
+#define POLICY_FOLDER "/etc/ksm-preload"
 #define POLICY_KILL_SWITCH "/run/ksm-preload.disabled"
 
 enum {
@@ -251,6 +289,7 @@ enum {
     /* O_CLOEXEC; O_NONBLOCK, or a FIFO would keep every program waiting; O_LARGEFILE, which 64-bit
      * kernels give their own programs. */
     POLICY_OPEN = 02000000 | 04000 | (sizeof(long) == 4 ? 0100000 : 0),
+    POLICY_OPEN_PATH = 010000000 | 02000000, /* O_PATH | O_CLOEXEC */
     POLICY_FILE = 0100000,
     POLICY_DIRECTORY = 0040000,
     POLICY_LONGEST_NAME = 255,
@@ -264,6 +303,7 @@ enum policy_answer {
     POLICY_IS_OFF,
     POLICY_UNREADABLE,
     POLICY_NO_NAME,
+    POLICY_WANTS_PATH, /* never given to a caller */
 };
 
 enum policy_source { POLICY_SOURCE_READ, POLICY_SOURCE_ABSENT, POLICY_SOURCE_FAILED };
@@ -346,7 +386,7 @@ static inline size_t policy_drop_in(const char *name)
  * The drop-ins in their order without a place to keep them all: each time the smallest name is taken that
  * is greater than the last.
  */
-static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy)
+static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy, long parent)
 {
     /* struct linux_dirent64: inode and offset (8 bytes each), length of the record (2), type (1), name */
     enum { RECORD_LENGTH = 16, NAME = 19 };
@@ -354,7 +394,7 @@ static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy
     char names[2][POLICY_LONGEST_NAME + 1];
     unsigned last = 0;
     enum policy_source source;
-    long folder = policy_open(POLICY_HERE, POLICY_FOLDER "policy.d", POLICY_DIRECTORY, &source), got;
+    long folder = policy_open(parent, "policy.d", POLICY_DIRECTORY, &source), got;
 
     if (folder < 0)
         return source;
@@ -388,42 +428,93 @@ static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy
                 source = POLICY_SOURCE_FAILED;
             last = 1 - last;
         }
-    } while (source == POLICY_SOURCE_READ && policy->decided == POLICY_UNDECIDED);
+    } while (source == POLICY_SOURCE_READ && !policy_is_done(policy));
     raw_syscall5(RAW_close, folder, 0, 0, 0, 0);
     return source;
 }
 
-static inline enum policy_answer policy_of(const char *path, size_t length)
+/* POLICY_WANTS_PATH: only where `whole` is false. */
+static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path, size_t length, bool whole)
 {
     struct policy policy;
-    enum policy_source source;
+    enum policy_source source = POLICY_SOURCE_ABSENT;
 
-    policy_begin(&policy, path, length);
-    source = policy_read_folder(&policy);
-    if (source != POLICY_SOURCE_FAILED && policy.decided == POLICY_UNDECIDED) {
-        source = policy_read_file(&policy, POLICY_HERE, POLICY_FOLDER "policy");
-        if (source == POLICY_SOURCE_ABSENT)
-            policy_read(&policy, policy_defaults, sizeof policy_defaults - 1);
+    policy_begin(&policy, path, length, whole);
+    if (folder >= 0) {
+        source = policy_read_folder(&policy, folder);
+        if (source != POLICY_SOURCE_FAILED && !policy_is_done(&policy))
+            source = policy_read_file(&policy, folder, "policy");
     }
     if (source == POLICY_SOURCE_FAILED)
         return POLICY_UNREADABLE;
-    return policy_denies(&policy) ? POLICY_LEAVES_OUT : POLICY_LETS_IN;
+    if (source == POLICY_SOURCE_ABSENT && !policy_is_done(&policy))
+        policy_read_defaults(&policy);
+    return policy.wants_path       ? POLICY_WANTS_PATH
+           : policy_denies(&policy) ? POLICY_LEAVES_OUT
+                                    : POLICY_LETS_IN;
 }
 
-/* For a program whose privileges are known to be ordinary ones. */
-static POLICY_CALLED enum policy_answer ask_policy(void)
+/*
+ * The program's base name without /proc, which would cost more than all else here: a process that looks at
+ * /proc/self makes the kernel build and tear down its folder there, 0.6 x an empty library.
+ *
+ * AT_EXECFN is what exec was called with.  Its base name is that of /proc/self/exe, unless it is a symlink, or a
+ * script (or what binfmt_misc knows): then exec put it behind the interpreter into argv (fs/binfmt_script.c), five
+ * times at most, each time with up to one argument.
+ */
+static inline size_t policy_quick_name(const char *name, char **argv)
 {
-    /* A path of the full length fails here, and longer ones have none (fs/d_path.c: ENAMETOOLONG). */
-    char path[POLICY_LONGEST_PATH];
-    long found = raw_syscall5(RAW_faccessat, POLICY_HERE, (long)POLICY_KILL_SWITCH, 0, 0, 0);
+    size_t length = 0;
+    char byte;
 
-    if (found != -ENOENT && found != -ENOTDIR)
-        return POLICY_IS_OFF; /* it is there, or nobody can tell */
-    found = raw_syscall5(RAW_readlinkat, POLICY_HERE, (long)"/proc/self/exe", (long)path, sizeof path, 0);
-    if (found <= 0 || found >= (long)sizeof path)
+    if (name == NULL || argv == NULL || name[0] != '/' || argv[0] == NULL)
+        return 0;
+    for (int i = 1; i <= 10 && argv[i] != NULL; i++)
+        if (policy_compare(argv[i], name) == 0)
+            return 0;
+    if (raw_syscall5(RAW_readlinkat, POLICY_HERE, (long)name, (long)&byte, 1, 0) != -EINVAL)
+        return 0;
+    while (name[length] != '\0')
+        length++;
+    return length;
+}
+
+/* By the whole path.  A path of the buffer's length may be cut; longer ones the kernel has none (fs/d_path.c). */
+static POLICY_CALLED enum policy_answer policy_of_path(long folder)
+{
+    char path[POLICY_LONGEST_PATH];
+    long length = raw_syscall5(RAW_readlinkat, POLICY_HERE, (long)"/proc/self/exe", (long)path,
+                               sizeof path, 0);
+
+    if (length <= 0 || length >= (long)sizeof path)
         return POLICY_NO_NAME;
-    path[found] = '\0';
-    return policy_of(path, (size_t)found);
+    path[length] = '\0';
+    return policy_of(folder, path, (size_t)length, true);
+}
+
+/*
+ * For a program whose privileges are known to be ordinary ones.  `name` is its AT_EXECFN, `argv` what main() gets;
+ * where one is not known, NULL.
+ */
+static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv)
+{
+    enum policy_answer answer = POLICY_WANTS_PATH;
+    size_t length;
+    long folder = raw_syscall5(RAW_faccessat, POLICY_HERE, (long)POLICY_KILL_SWITCH, 0, 0, 0);
+
+    if (folder != -ENOENT && folder != -ENOTDIR)
+        return POLICY_IS_OFF; /* it is there, or nobody can tell */
+    folder = raw_syscall5(RAW_openat, POLICY_HERE, (long)POLICY_FOLDER, POLICY_OPEN_PATH, 0, 0);
+    if (folder < 0 && !policy_is_absent(folder))
+        return POLICY_UNREADABLE;
+    length = policy_quick_name(name, argv);
+    if (length > 0)
+        answer = policy_of(folder, name, length, false);
+    if (answer == POLICY_WANTS_PATH)
+        answer = policy_of_path(folder);
+    if (folder >= 0)
+        raw_syscall5(RAW_close, folder, 0, 0, 0, 0);
+    return answer;
 }
 
 /* For KSM_PRELOAD_VERBOSE=1; empty for who is let in.  No array of pointers: each would be a relocation. */
