@@ -76,6 +76,9 @@ class Verdict:
     rule: str = ""
 
 
+LET_IN = Verdict(True, "no rule matches")
+
+
 @dataclass(frozen=True)
 class Policy:
     """All that is in force."""
@@ -95,7 +98,7 @@ class Policy:
             for rule in source.rules:
                 if rule.word == "default":
                     return _by(source, rule, rule.argument == b"allow")
-        return Verdict(True, "no rule matches")
+        return LET_IN
 
     def verdict(self, path: str) -> Verdict:
         """Return what becomes of the program whose executable is `path`, all symlinks resolved."""
@@ -244,6 +247,31 @@ def load(root: os.PathLike[str] | str = "/") -> Policy:
         message = f"Cannot be read, so programs are left out: {error.strerror}."
         problems.append(Problem(unreadable, 0, message))
     return Policy(sources, problems, switch, _is_there(switch), unreadable)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of a program."""
+
+    name: str
+    """As it was asked for."""
+    path: str
+    """Of the executable that runs in the end, an interpreter for a script, symlinks resolved."""
+    verdict: Verdict
+
+
+def outcome(policy: Policy, name: str, search: str | None) -> Outcome | None:
+    """Return what becomes of a path, or of a name looked up in `search`; None if there is none."""
+    from ksmtool import program  # noqa: PLC0415 - for this alone
+
+    found = program.find(name, search)
+    if found is None:
+        return None
+    final = program.inspect(found, search).final
+    path = os.path.realpath(final.path)
+    if final.privileged:
+        return Outcome(name, path, Verdict(False, f"it is {final.privileged}"))
+    return Outcome(name, path, policy.verdict(path))
 
 
 def _is_there(switch: str) -> bool:
