@@ -385,6 +385,35 @@ def global_status(as_json: bool) -> None:
             click.echo(line)
 
 
+@cli.group()
+def policy() -> None:
+    """Look at the policy: which programs are left out of KSM."""
+
+
+@policy.command("check")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of lines.")
+@click.argument("programs", nargs=-1, metavar="[PROGRAM]...")
+def policy_check(as_json: bool, programs: tuple[str, ...]) -> None:
+    """Say what policy is in force, what is wrong with it, and what becomes of each PROGRAM.
+
+    A PROGRAM is a path, or a name to look up in PATH. The exit status is 1 if something in the
+    files is malformed, not trusted, or cannot be read.
+    """
+    from ksmtool import policy as policies  # noqa: PLC0415
+    from ksmtool import report  # noqa: PLC0415
+
+    found = policies.load()
+    outcomes = [policies.outcome(found, name, os.environ.get("PATH")) for name in programs]
+    missing = [name for name, outcome in zip(programs, outcomes) if outcome is None]
+    if missing:
+        raise click.BadParameter(f"There is no program {missing[0]}.", param_hint="PROGRAM")
+    known = [outcome for outcome in outcomes if outcome is not None]
+    show = report.policy_as_json if as_json else report.policy_as_text
+    click.echo(show(found, known))
+    if found.problems:
+        raise SystemExit(ExitStatus.FAILED)
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
     """Show what goes on, on stderr and only if that is a terminal."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What was measured, for people (tables and sentences) and for programs (JSON)."""
+"""What is known, for people (tables and sentences) and for programs (JSON)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.text import Text
 from ksmtool.group import Group
 from ksmtool.kernel import PAGE_SIZE
 from ksmtool.machine import Status
+from ksmtool.policy import DEFAULTS, Outcome, Policy, Verdict
 from ksmtool.trial import ArmResult, Trial
 
 SCHEMA = 1
@@ -228,3 +229,47 @@ def status_lines(status: Status) -> list[str]:
 
 def _mb(size: float) -> str:
     return f"{size / MB:.1f}"
+
+
+def policy_as_json(policy: Policy, programs: Sequence[Outcome]) -> str:
+    """Return the policy, and what becomes of programs, as JSON, schema 1."""
+    document = {
+        "schema": SCHEMA,
+        "sources": [{"file": one.path, "rules": len(one.rules)} for one in policy.sources],
+        "default": _verdict(policy.default()),
+        "kill_switch": {"file": policy.kill_switch, "on": policy.off},
+        "unreadable": policy.unreadable or None,
+        "problems": [asdict(problem) for problem in policy.problems],
+        "programs": [
+            {"program": one.name, "executable": one.path, **_verdict(one.verdict)}
+            for one in programs
+        ],
+    }
+    return json.dumps(document, indent=2)
+
+
+def _verdict(verdict: Verdict) -> dict[str, str | int | None]:
+    return {
+        "verdict": "allow" if verdict.allowed else "deny",
+        "why": verdict.why,
+        "file": verdict.file or None,
+        "line": verdict.line or None,
+        "rule": verdict.rule or None,
+    }
+
+
+def policy_as_text(policy: Policy, programs: Sequence[Outcome]) -> str:
+    """Return a line for each problem, source and program."""
+    lines = [str(problem) for problem in policy.problems]
+    for source in policy.sources:
+        shipped = ", the defaults that are compiled in" if source.path == DEFAULTS else ""
+        count = f"{len(source.rules)} rule{'' if len(source.rules) == 1 else 's'}"
+        lines.append(f"in force: {source.path}{shipped} ({count})")
+    default = policy.default()
+    lines.append(f"default:  {'opted in' if default.allowed else 'left out'}, {default.why}")
+    state = "is there: every program is left out" if policy.off else "is not there"
+    lines.append(f"switch:   {policy.kill_switch} {state}")
+    for one in programs:
+        what = "opted in" if one.verdict.allowed else "left out"
+        lines.append(f"{one.name}: {what}, {one.verdict.why}; it is {one.path}")
+    return "\n".join(lines)

@@ -88,12 +88,12 @@ def libc(suite: str) -> Path:
                     r"/(ld|libc)-[^/]*so[^/]*$|/libc\.so\.6$", member.name
                 ):
                     is_loader = "/ld-" in member.name
-                    data = _content(packed, member)
+                    data = content(packed, member)
                     member.name = "ld-linux-x86-64.so.2" if is_loader else "libc.so.6"
                     chosen.addfile(member, io.BytesIO(data))
 
     packages = ("--variant=extract", "--include=libc6", suite, "-")
-    return _made(f"libc-{suite}", packages, choose, AMD64)
+    return made(f"libc-{suite}", packages, choose, AMD64)
 
 
 def base(architecture: Architecture = AMD64) -> Path:
