@@ -443,6 +443,7 @@ def test_nothing_to_disable(tree: Tree) -> None:
 
 def test_the_shape_of_the_json() -> None:
     status = machine.Status(
+        methods=("ld.so.preload", "systemd"),
         entry="/usr/$LIB/libksm_preload.so",
         entries=(ldpreload.Entry("/usr/$LIB/libksm_preload.so", ours=True, in_comment=False),),
         problems=("One.",),
@@ -454,6 +455,7 @@ def test_the_shape_of_the_json() -> None:
     )
     assert json.loads(report.status_as_json(status)) == {
         "schema": 1,
+        "methods": ["ld.so.preload", "systemd"],
         "preload": {
             "entry": "/usr/$LIB/libksm_preload.so",
             "entries": [{"name": "/usr/$LIB/libksm_preload.so", "ours": True, "in_comment": False}],

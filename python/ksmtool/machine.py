@@ -239,6 +239,8 @@ def _reason(exe: str, maps: str, loaded: bool, rules: policy.Policy) -> str:
 class Status:
     """What is enabled, and what that comes to: measured, not concluded from our own files."""
 
+    methods: tuple[str, ...]
+    """What our own files say."""
     entry: str | None
     entries: tuple[ldpreload.Entry, ...]
     problems: tuple[str, ...]
@@ -257,6 +259,7 @@ def status(root: Path = Path("/")) -> Status:
     ours = next((entry.name for entry in entries if entry.ours), None)
     outcome = rehearsal.run([_loads(ours or "/libksm_preload")])[0]
     return Status(
+        methods=tuple(enabled(root)),
         entry=ours,
         entries=tuple(entries),
         problems=tuple(ldpreload.problems(root)),

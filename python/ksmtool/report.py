@@ -175,6 +175,7 @@ def status_as_json(status: Status) -> str:
     return json.dumps(
         {
             "schema": 1,
+            "methods": list(status.methods),
             "preload": {
                 "entry": status.entry,
                 "entries": [asdict(entry) for entry in status.entries],
