@@ -451,7 +451,7 @@ def test_the_shape_of_the_json() -> None:
         complaint="",
         drop_ins=(systemd.DropIn(f"etc/systemd/system/service.d/{systemd.NAME}", on=True),),
         killed=False,
-        processes=machine.Processes(9, 4, 1, 5, Counter({"because": 5}), [1]),
+        processes=machine.Processes(9, 4, 1, 5, Counter({"because": 5}), [(1, "init")]),
     )
     assert json.loads(report.status_as_json(status)) == {
         "schema": 1,

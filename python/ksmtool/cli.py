@@ -309,11 +309,10 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
         click.echo("Programs are opted in when they start, from now on; services: restart them.")
     else:
         changed = machine.enable_by_systemd(wanted)
-        on = "service" if any(drop_in.on for drop_in in wanted) else "no service"
-        click.echo(
-            f"{len(changed)} drop-ins of systemd changed below /etc/systemd; {on} by service.d."
-        )
+        click.echo(f"{len(changed)} drop-ins of systemd changed below /etc/systemd.")
         click.echo("Each service is opted in when it is restarted, or at the next boot.")
+        left_out = [drop_in.unit for drop_in in wanted if not drop_in.on]
+        click.echo(f"Left out: {', '.join(left_out) or 'none'}.")
         click.echo(
             "Logins: from the next one on."
             if logins
@@ -364,10 +363,10 @@ def global_disable(dry_run: bool) -> None:
         click.echo(line)
     still = machine.processes().still
     if still:
-        some = ", ".join(str(pid) for pid in sorted(still)[:8])
+        some = ", ".join(f"{name} {pid}" for pid, name in sorted(still)[:8])
         click.echo(
-            f"{len(still)} running processes keep the library or the flag until they are restarted "
-            f"(PID {some}{', ...' if len(still) > 8 else ''})."
+            f"{len(still)} running processes keep the library or the flag until they are restarted: "
+            f"{some}{', ...' if len(still) > 8 else ''}."
         )
 
 

@@ -191,8 +191,8 @@ class Processes:
     """Processes with our library."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> count, for those that are not opted in."""
-    still: list[int] = field(default_factory=list)
-    """PIDs that are opted in or have the library."""
+    still: list[tuple[int, str]] = field(default_factory=list)
+    """PID and program of each that is opted in or has the library."""
 
 
 def processes(root: Path = Path("/")) -> Processes:
@@ -219,7 +219,7 @@ def processes(root: Path = Path("/")) -> Processes:
         found.loaded += loaded
         found.opted_in += opted
         if opted or loaded:
-            found.still.append(int(entry.name))
+            found.still.append((int(entry.name), os.path.basename(exe)))
         if not opted:
             found.left_out[_reason(exe, maps, loaded, rules)] += 1
     return found

@@ -43,6 +43,11 @@ class DropIn:
     on: bool
 
     @property
+    def unit(self) -> str:
+        """Return the unit it is for; `service` for all of them."""
+        return Path(self.path).parent.name.removesuffix(".d").removesuffix(".service")
+
+    @property
     def text(self) -> str:
         """Return what is in it."""
         return f"{_MARK}[Service]\nMemoryKSM={'yes' if self.on else 'no'}\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -19,7 +20,7 @@ from typing import IO
 import pytest
 
 import machine
-from conftest import Victims, need, run
+from conftest import HERE, Victims, need, run
 from test_boots import installed
 
 pytestmark = [pytest.mark.slow, pytest.mark.ksm]
@@ -290,6 +291,17 @@ def test_tenants_are_a_no_without_force(root: Root) -> None:
     assert said.returncode == 1
     assert "a virtual machine (qemu-system-x86_64, PID " in said.stderr
     assert "--force" in said.stderr
+    assert not root.preload.exists()
+
+
+def test_what_readme_shows(root: Root) -> None:
+    readme = (HERE.parent / "README.md").read_text()
+    (block,) = re.findall(r"```console\n(.*?)```", readme, re.DOTALL)
+    lines = block.splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        done = root.run("sh", "-c", f"{line.removeprefix('# ')} {'--force' * ('--yes' in line)}")
+        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     assert not root.preload.exists()
 
 
