@@ -365,7 +365,7 @@ def global_disable(dry_run: bool) -> None:
     if still:
         some = ", ".join(f"{name} {pid}" for pid, name in sorted(still)[:8])
         click.echo(
-            f"{len(still)} running processes keep the library or the flag until they are restarted: "
+            f"{len(still)} running processes keep library or flag until they are restarted: "
             f"{some}{', ...' if len(still) > 8 else ''}."
         )
 
