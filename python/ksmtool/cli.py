@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from ksmtool.errors import ExitStatus, KsmtoolError
 
 if TYPE_CHECKING:
     from ksmtool.consent import Company
+    from ksmtool.ksmd import Change
 
 # Options of ours end at the command: `ksmtool wrap ls --help` is ls's help.
 _WRAPPING = {"allow_interspersed_args": False}
@@ -411,6 +412,113 @@ def policy_check(as_json: bool, programs: tuple[str, ...]) -> None:
     click.echo(show(found, known))
     if found.problems:
         raise SystemExit(ExitStatus.FAILED)
+
+
+@cli.command("kernel-enable")
+@click.option(
+    "--profile",
+    "name",
+    type=click.Choice(["gentle", "balanced", "fast"]),
+    default="balanced",
+    show_default=True,
+    help="How fast ksmd scans.",
+)
+@click.option("--cpu", type=click.IntRange(1, 100), help="ksmd's limit, in percent of one CPU.")
+@click.option("--settle", is_flag=True, help="Scan as fast as it goes first, until it has settled.")
+@click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
+def kernel_enable(name: str, cpu: int | None, settle: bool, dry_run: bool) -> None:
+    """Switch KSM on, tune it, and keep it on over reboots.
+
+    What was set before is kept for kernel-disable. If another manager sets KSM again and again,
+    that is said, with the ways out, and nothing is changed.
+    """
+    from ksmtool import boot, install, ksmd, profile  # noqa: PLC0415
+    from ksmtool.kernel import Ksm  # noqa: PLC0415
+
+    ksm = Ksm()
+    ksm.require()
+    ksmd.require_root_and_host()
+    for owner in ksmd.require_ours():
+        click.echo(f"note: {owner.name} {owner.does}; ours comes after it.")
+    init = boot.init_system()
+    files = boot.files(init, install.ksmtool())
+    wanted = profile.settings(profile.PROFILES[name], ksm.settings(), cpu)
+    if dry_run:
+        _print_changes(ksmd.planned(ksm, wanted))
+        for path in (*files.texts, *files.links) if files else ():
+            click.echo(f"/{path} would be written")
+        return
+    install.require_trusted(install.ksmtool())
+    changes = ksmd.enable(name, cpu, ksm)
+    if files is not None:
+        for path in boot.install(files):
+            click.echo(f"wrote /{path}")
+    else:
+        click.echo(
+            f"To keep it over reboots, put this into /etc/rc.local: {boot.by_hand('ksmtool')}"
+        )
+    _print_changes(changes)
+    if settle:
+        with _progress() as say:
+            seconds = ksmd.settle(ksm, 600, say)
+        click.echo(f"Settled after {seconds:.0f} s; ksmd scans at the rate of {name} now.")
+
+
+def _print_changes(changes: Sequence[Change]) -> None:
+    for change in changes:
+        click.echo(f"{change.name}: {change.old} -> {change.new}")
+    if not changes:
+        click.echo("KSM is set so already.")
+
+
+@cli.command("kernel-apply", hidden=True)
+def kernel_apply() -> None:
+    """Set what kernel-enable has kept: what runs at boot."""
+    from ksmtool import ksmd  # noqa: PLC0415
+    from ksmtool.kernel import Ksm  # noqa: PLC0415
+
+    ksmd.require_root_and_host()
+    _print_changes(ksmd.apply_state(Ksm()))
+
+
+@cli.command("kernel-status")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of text.")
+def kernel_status(as_json: bool) -> None:
+    """Say whether KSM is on and at which rate, by whom, and whether it stays so."""
+    from ksmtool import ksmd, report  # noqa: PLC0415
+    from ksmtool.kernel import Ksm  # noqa: PLC0415
+
+    found = ksmd.status(Ksm())
+    if as_json:
+        click.echo(report.ksmd_as_json(found))
+    else:
+        for line in report.ksmd_lines(found):
+            click.echo(line)
+
+
+@cli.command("kernel-disable")
+@click.option(
+    "--unmerge",
+    is_flag=True,
+    help="Also give each program pages of its own again; takes the memory that was saved.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
+def kernel_disable(unmerge: bool, dry_run: bool) -> None:
+    """Set KSM as kernel-enable found it, and keep that over reboots."""
+    from ksmtool import boot, ksmd  # noqa: PLC0415
+    from ksmtool.kernel import Ksm  # noqa: PLC0415
+
+    ksm = Ksm()
+    ksm.require()
+    ksmd.require_root_and_host()
+    init = boot.init_system()
+    if dry_run:
+        state = ksmd.read_state()
+        _print_changes(ksmd.planned(ksm, state.found if state else {}))
+        return
+    for path in boot.remove(init):
+        click.echo(f"removed /{path}")
+    _print_changes(ksmd.disable(ksm, unmerge))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from ksmtool.errors import KsmtoolError
 
@@ -17,6 +18,20 @@ def wrapper() -> str:
 def rescue() -> str:
     """Return the path of ksm-rescue, which edits /etc/ld.so.preload. Raises KsmtoolError."""
     return _beside("ksm-rescue")
+
+
+def ksmtool() -> str:
+    """Return the path of ksmtool itself. Raises KsmtoolError."""
+    return _beside("ksmtool")
+
+
+def require_trusted(path: str) -> None:
+    """Raise KsmtoolError if others than root can change what root is to run at each boot."""
+    real = Path(path).resolve()
+    for part in (real, *real.parents):
+        status = part.stat()
+        if status.st_uid != 0 or status.st_mode & 0o022:
+            raise KsmtoolError(f"{part} can be changed by others than root.", f"See: ls -ld {part}")
 
 
 def _beside(name: str) -> str:

@@ -165,7 +165,7 @@ def entry_for(library: str) -> str:
         entry = f"{prefix}/$LIB/{library}"
         path = _resolved(entry)
         if path is not None:
-            _require_trusted(path)
+            install.require_trusted(str(path))
             return entry
     raise KsmtoolError(
         f"{library} is not in the system's library folder, so it must not go into /{FILE}: a "
@@ -188,17 +188,6 @@ def _resolved(entry: str) -> Path | None:
         if line.endswith(f"/{name}"):
             return Path(line[line.index("/") :])
     return None
-
-
-def _require_trusted(path: Path) -> None:
-    real = path.resolve()
-    for part in (real, *real.parents):
-        status = part.stat()
-        if status.st_uid != 0 or status.st_mode & 0o022:
-            raise KsmtoolError(
-                f"{part} can be changed by others than root, so {path} must not go into /{FILE}.",
-                f"ls -ld {part}",
-            )
 
 
 def architectures() -> Sequence[str]:

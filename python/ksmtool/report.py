@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ksmtool.group import Group
 from ksmtool.kernel import PAGE_SIZE
+from ksmtool.ksmd import Status as KsmdStatus
 from ksmtool.machine import Status
 from ksmtool.policy import DEFAULTS, Outcome, Policy, Verdict
 from ksmtool.trial import ArmResult, Trial
@@ -225,6 +226,52 @@ def status_lines(status: Status) -> list[str]:
     lines += [f"               {count} {reason}" for reason, count in seen.left_out.most_common()]
     if seen.unreadable:
         lines.append(f"               {seen.unreadable} more that only root may look at")
+    return lines
+
+
+def ksmd_as_json(status: KsmdStatus) -> str:
+    """Return how KSM is set as JSON, schema 1."""
+    state = status.state
+    return json.dumps(
+        {
+            "schema": 1,
+            "settings": dict(status.settings),
+            "merging": status.merging,
+            "cpu_percent": status.cpu_percent,
+            "profile": state.profile if state else None,
+            "cpu_limit": state.cpu if state else None,
+            "init": status.boot,
+            "kept_over_boots": status.kept,
+            "others": [asdict(owner) for owner in status.others],
+            "container": status.container,
+        },
+        indent=2,
+    )
+
+
+def ksmd_lines(status: KsmdStatus) -> list[str]:
+    """Return the same as lines for a person."""
+    if not status.settings:
+        return ["KSM:       not in this kernel (CONFIG_KSM), or /sys is not mounted"]
+    cpu = "" if status.cpu_percent is None else f", ksmd takes {status.cpu_percent:.1f} % of a CPU"
+    lines = [f"KSM:       {'merging' if status.merging else 'off'}{cpu}"]
+    state = status.state
+    if state is None:
+        lines.append("profile:   none of ksmtool kernel-enable")
+    else:
+        limit = "" if state.cpu is None else f", at most {state.cpu} % of a CPU"
+        lines.append(f"profile:   {state.profile}{limit}")
+    lines.append(
+        f"boot:      {'set again' if status.kept else 'not set by us'} ({status.boot or '?'})"
+    )
+    for owner in status.others:
+        kind = "conflict:" if owner.conflict else "also:    "
+        lines.append(f"{kind}  {owner.name} {owner.does}")
+    if status.container:
+        lines.append("container: KSM is the host's to set")
+    lines.append(
+        "settings:  " + " ".join(f"{name}={value}" for name, value in status.settings.items())
+    )
     return lines
 
 
