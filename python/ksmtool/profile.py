@@ -39,7 +39,7 @@ SETTLING = Profile("settle", 100, 1, "until what is there is merged")
 def settings(profile: Profile, found: Mapping[str, str], cpu: int | None = None) -> dict[str, str]:
     """Return the settings of a profile for a kernel that has those of `found`.
 
-    `cpu` is another limit, in percent of one CPU. Where the kernel has the advisor, and the limit is
+    `cpu` is another limit, in percent of a CPU. Where the kernel has the advisor, and the limit is
     above the 10 % under which that never goes, it chooses the rate; elsewhere the rate is one that
     comes to that limit.
     """
