@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import shutil
 import subprocess
 import time
@@ -39,7 +40,7 @@ EVERYDAY = (
     "ls -l / | grep usr; cat /etc/hostname; ps -e | sort | tail -n 1; python3 -c 'print(6 * 7)'"
 )
 
-SECONDS = 60
+SECONDS = 120
 
 
 def word(name: str) -> str:
@@ -94,8 +95,8 @@ def name_of(pid: int) -> str:
         return ""
 
 
-def main_pid(unit: str, *options: str) -> int:
-    return int(output("systemctl", *options, "show", "--value", "--property=MainPID", unit))
+def main_pid(unit: str) -> int:
+    return int(output("systemctl", "show", "--value", "--property=MainPID", unit))
 
 
 class Console:
@@ -108,6 +109,9 @@ class Console:
         if self.pid == 0:
             os.execv("/bin/login", ["login", "-f", "alice"])
         self.said = b""
+
+    def begin(self) -> None:
+        """Wait for the shell."""
         self._read_to(b"$ ")
         # Not as it is echoed.
         self.ask("stty -echo; PS1='<''ready>'")
@@ -125,9 +129,19 @@ class Console:
 
     def _read_to(self, mark: bytes) -> str:
         text = b""
-        while mark not in text:
-            text += os.read(self._terminal, 4096)
-        self.said += text
+
+        def marked() -> bool:
+            nonlocal text
+            if select.select([self._terminal], [], [], 0)[0]:
+                try:
+                    read = os.read(self._terminal, 4096)
+                except OSError:  # login opens the terminal anew, and in between nobody has it
+                    read = b""
+                text += read
+                self.said += read
+            return mark in text
+
+        wait_until(marked, f"{mark!r} on the terminal")
         return text.replace(b"\r\n", b"\n").decode()[: -len(mark)]
 
 
@@ -135,10 +149,12 @@ class Console:
 def console() -> Iterator[Console]:
     one = Console()
     try:
+        one.begin()
         yield one
         one.end()
     finally:
-        print("--- on alice's terminal ---", one.said.decode(errors="replace"), "---", sep="\n")
+        said = one.said.decode(errors="replace").replace("\r", "")
+        print(f"--- on alice's terminal ---\n{said}\n---")
 
 
 @contextmanager
@@ -177,7 +193,8 @@ def processes() -> dict[str, bool]:
         )
         said = terminal.ask("systemd-run --user --quiet --unit=probe sleep infinity")
         assert said == "", said
-        sleeping = main_pid("probe", "--user", "--machine=alice@.host")
+        said = terminal.ask("systemctl --user show --value --property=MainPID probe")
+        sleeping = int(said)
         found["a service of alice"] = process.opted_in(sleeping)
         terminal.ask("systemctl --user stop probe")
 
@@ -236,7 +253,8 @@ def our_files() -> list[str]:
     return sorted(
         str(file)
         for folder in UNIT_FOLDERS
-        for file in folder.rglob("*")
+        for kind in ("*.conf", "*.service")
+        for file in folder.rglob(kind)
         if file.is_file() and ("libksm_preload" in (text := file.read_text()) or "KSM=" in text)
     )
 
@@ -369,9 +387,10 @@ def main() -> None:
     wanted = word("ksm_test.do").split(",")
     result = 0
     try:
+        say("systemd-analyze", "blame")
         for name in wanted:
             start = time.monotonic()
-            print(f"== {name}", flush=True)
+            print(f"== {name}, {start:.0f} s after the kernel", flush=True)
             known[name]()
             print(f"== {name} holds, {time.monotonic() - start:.1f} s", flush=True)
     except Exception:  # the report is all that anybody sees
