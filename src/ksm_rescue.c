@@ -529,7 +529,7 @@ static int run(const struct request *request)
         return fail("Cannot open the folder etc", etc);
     if (!request->list && !request->dry_run) {
         if (request->remount && request->root == NULL && call(faccessat, etc, ".", W_OK) == -EROFS &&
-            call(statfs, "/", &mounted) == 0) {
+            call(statfs, "/", &mounted) == 0 && (mounted.f_flags & MS_RDONLY)) {
             flags = (unsigned long)mounted.f_flags & MS_KEPT;
             remounted = call(mount, "", "/", 0, MS_REMOUNT | flags, 0) == 0;
         }
