@@ -221,6 +221,15 @@ static long copy_attributes(int from, int to)
 /* The file of NEW_NAME, empty and locked by us, or why there is none. */
 static long new_file = -ENOENT;
 
+static void unlock(int etc)
+{
+    if (new_file >= 0) {
+        call(unlinkat, etc, NEW_NAME, 0);
+        call(close, new_file);
+    }
+    new_file = -ENOENT;
+}
+
 /*
  * The new file is the lock as well: only root can open it, while anybody could hold one on the folder for ever.
  * What a killed run left behind is not locked, and goes.
@@ -239,33 +248,22 @@ static void lock(int etc)
         error = call(flock, new_file, LOCK_EX_NB);
         if (error == 0)
             error = call(file_status, new_file, &opened);
-        if (error == 0) {
-            /* Whoever had it may have renamed it meanwhile; then it is not ours to write to. */
-            if (call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
-                opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) {
-                if (opened.st_size == 0)
-                    return;
-                error = call(unlinkat, etc, NEW_NAME, 0);
-            }
-        } else if (error == -EAGAIN) {
+        if (error == -EAGAIN || error == -EINTR) {
             call(nanosleep, &tenth);
             tenths++;
-            error = 0;
-        }
-        call(close, new_file);
-        new_file = error < 0 ? error : -EAGAIN;
-        if (error < 0)
+        } else if (error < 0) { /* no locks here, so it is nobody's */
+            unlock(etc);
+            new_file = error;
             return;
-    }
-}
-
-static void unlock(int etc)
-{
-    if (new_file >= 0) {
-        call(unlinkat, etc, NEW_NAME, 0);
+        } else if (call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
+                   opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) {
+            if (opened.st_size == 0)
+                return;
+            call(unlinkat, etc, NEW_NAME, 0);
+        } /* else who had it has renamed it meanwhile, and it is not ours to write to */
         call(close, new_file);
+        new_file = -EAGAIN;
     }
-    new_file = -ENOENT;
 }
 
 static unsigned mode_of(const struct file *file)
@@ -332,7 +330,7 @@ static long replace(int etc, const char *text, size_t size, const struct file *o
     }
     /* Of what is done already there is nothing to take back. */
     if (error == 0 && call(fsync, etc) < 0)
-        say(2, "ksm-rescue: a loss of power now might bring the old /etc/" FILE_NAME " back.\n");
+        say(2, "ksm-rescue: A loss of power now might bring the old /etc/" FILE_NAME " back.\n");
     return error;
 }
 
@@ -477,7 +475,8 @@ static int edit(int etc, const struct request *request)
                                       : "/etc/" FILE_NAME " has no entry of ksm-preload\n");
         return DONE;
     }
-    if (new_file < 0)
+    /* To delete it takes no space; and where there is none, nobody else has a new file either. */
+    if (new_file < 0 && (size > 0 || (new_file != -ENOSPC && new_file != -EDQUOT)))
         return fail("Cannot write /etc/" FILE_NAME, new_file);
     if (others > 0) {
         error = back_up(etc, backup);
@@ -530,7 +529,7 @@ static int run(const struct request *request)
         return fail("Cannot open the folder etc", etc);
     if (!request->list && !request->dry_run) {
         if (request->remount && request->root == NULL && call(faccessat, etc, ".", W_OK) == -EROFS &&
-            call(statfs, "/", &mounted) == 0) {
+            call(statfs, "/", &mounted) == 0 && (mounted.f_flags & MS_RDONLY)) {
             flags = (unsigned long)mounted.f_flags & MS_KEPT;
             remounted = call(mount, "", "/", 0, MS_REMOUNT | flags, 0) == 0;
         }
