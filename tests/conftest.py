@@ -22,6 +22,7 @@ from ksmtool.kernel import Ksm
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
+DEFAULT_POLICY = HERE.parent / "data" / "policy"
 
 PR_SET_MEMORY_MERGE = 67
 PR_GET_AUXV = 0x41555856
@@ -240,9 +241,18 @@ class Victims:
             # What the build uses (src/meson.build), as far as it changes the code.
             options = "-O2 -std=gnu11 -Wall -Wextra -Werror -ffreestanding -fvisibility=hidden"
             options += " -fno-stack-protector -shared -fPIC -nostdlib -Wl,-z,now -Wl,-z,norelro"
-            options += " -Wl,-z,noseparate-code -Wl,-z,noexecstack"
+            options += f" -Wl,-z,noseparate-code -Wl,-z,noexecstack -I{self.defaults()}"
             self._compile([compiler, *options.split()], SOURCE / "ksm_preload_prctl.c", library)
         return library
+
+    def defaults(self) -> Path:
+        """Return a folder with the header that the build makes of data/policy."""
+        header = self._folder / "policy_defaults.h"
+        if not header.exists():
+            made = run([sys.executable, SOURCE / "policy_defaults.py", DEFAULT_POLICY])
+            assert made.returncode == 0, made.stderr
+            header.write_text(made.stdout)
+        return self._folder
 
     @staticmethod
     def _compile(command: Sequence[str], source: Path, output: Path) -> None:

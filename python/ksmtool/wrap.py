@@ -54,7 +54,7 @@ def decide(
 ) -> Plan:
     """Return the plan for `target`; `method` is auto, prctl or madvise, `off` is KSM_PRELOAD=off.
 
-    `verdict` is the policy's. Raises KsmtoolError with status 4 if a forced method cannot work here.
+    `verdict` is the policy's. Raises KsmtoolError with status 4 if a forced method cannot work.
     """
     final = target.final
     if off:
