@@ -127,7 +127,7 @@ static inline bool policy_take(const char **line, size_t *length, const char *wo
 
 static inline bool policy_is(const char *text, size_t length, const char *word)
 {
-    while (length > 0 && *text == *word) {
+    while (length > 0 && *word != '\0' && *text == *word) {
         text++;
         word++;
         length--;

@@ -77,6 +77,7 @@ CASES = [
     Case("a NUL in the pattern", b"deny [!\0]\n", b"/bin/a", ALLOW),
     Case("a NUL behind it", b"deny a\0\n", b"/bin/a", ALLOW),
     Case("a NUL before it", b"\0deny a\n", b"/bin/a", ALLOW),
+    Case("NULs behind a default", b"default deny\0\0\0\0\n", b"/bin/a", ALLOW),
     Case("a NUL in another line", b"\0\ndeny a\n", b"/bin/a", DENY),
     Case("a line of 511 bytes", b"deny a" + b" " * 505 + b"\n", b"/bin/a", DENY),
     Case("a line of 512 bytes", b"deny a" + b" " * 506 + b"\n", b"/bin/a", ALLOW),
