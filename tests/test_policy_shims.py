@@ -263,6 +263,8 @@ FILES = {
     "policy.d/a.conf": "deny x\n",
     "policy.d/b.conf": "deny y\n",
     "policy": "deny /no/end-dynamic\n",
+    # More than one getdents64(2) gives, so that the folder is read again.
+    **{f"policy.d/not-one-{'x' * 200}-{i}": "" for i in range(8)},
 }
 # What a call that fails with an error nobody expects there leads to.
 IN_DOUBT = {
