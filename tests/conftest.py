@@ -240,6 +240,7 @@ class Victims:
         compiler = COMPILERS[kind][0]
         library = self._folder / f"libksm_preload_prctl-{kind}.so"
         if not library.exists():
+            need_command(compiler)
             # What the build uses (src/meson.build), as far as it changes the code.
             options = "-O2 -std=gnu11 -Wall -Wextra -Werror -ffreestanding -fvisibility=hidden"
             options += " -fno-stack-protector -shared -fPIC -nostdlib -Wl,-z,now -Wl,-z,norelro"
