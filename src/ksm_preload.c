@@ -4,7 +4,8 @@
  *
  * Where the kernel has the prctl (Linux 6.4) that is all, and every function below is one branch and a
  * jump to the next library's.  Elsewhere, or under KSM_PRELOAD=madvise, the constructor marks what
- * is mapped, and the functions mark what is mapped later, with madvise(MADV_MERGEABLE).
+ * is mapped, and the functions mark what is mapped later, with madvise(MADV_MERGEABLE).  Before all that
+ * the policy is asked (policy.h).
  *
  * Rules: no lock, no allocation, no stdio, no thread; errno as the next library left it; a failure
  * of ours is never the program's.  The order below: marking, finding the next library, settings
@@ -13,6 +14,7 @@
 #define _GNU_SOURCE
 #undef _FILE_OFFSET_BITS /* 64 would rename mmap to mmap64 below */
 #include "merge.h"
+#include "policy.h"
 #include "settings.h"
 
 #include <errno.h>
@@ -656,7 +658,9 @@ static COLD void follow_from_here(void)
 
 __attribute__((constructor)) static void opt_in(void)
 {
+    enum policy_answer answer = POLICY_LETS_IN;
     struct settings settings;
+    bool left_out;
     int saved = errno;
 
     if (next.malloc == early_malloc)
@@ -667,12 +671,16 @@ __attribute__((constructor)) static void opt_in(void)
         return;
     }
     settings = read_settings(environ);
-    if (settings.off || settings.madvise)
+    if (!settings.off)
+        answer = ask_policy(NULL, NULL);
+    left_out = settings.off || answer != POLICY_LETS_IN;
+    if (left_out || settings.madvise)
         (void)set_flag(0);
-    if (!settings.off && (settings.madvise || set_flag(1) != 0))
+    if (!left_out && (settings.madvise || set_flag(1) != 0))
         follow_from_here();
     if (settings.verbose)
         say(settings.off ? "ksm_preload: left out: KSM_PRELOAD=off\n"
+            : left_out   ? policy_reason(answer)
             : !settings.madvise && follow.page_size == 0 ? "ksm_preload: opted in (prctl)\n"
             : follow.on ? "ksm_preload: opted in (madvise)\n"
                         : "ksm_preload: not opted in: this kernel has no KSM\n");

@@ -2,12 +2,13 @@
 /*
  * libksm_preload_prctl.so: opts the process it is loaded into in to KSM, and does nothing else.
  *
- * Everything this file does happens once, in its constructor, before main(): one system call to
- * learn whether the program is privileged, one to switch the kernel's flag.  It needs no libc, exports
- * no symbol, allocates nothing, opens nothing, leaves errno alone.  Every failure means the same:
- * the program runs as if we were not here.
+ * Everything this file does happens once, in its constructor, before main(): it learns whether the
+ * program is privileged, asks the policy, and switches the kernel's flag.  It needs no libc, exports
+ * no symbol, allocates nothing, opens nothing but the policy, leaves errno alone.  Every failure means
+ * that the program runs and is not opted in.
  */
 #include "merge.h"
+#include "policy.h"
 #include "rawsys.h"
 #include "settings.h"
 
@@ -28,16 +29,18 @@ static long process_control(long option, long a, long b)
 
 /*
  * 1 under AT_SECURE (set-uid, set-gid, file capabilities, an LSM's word), 0 if not, -1 unknown.
+ * `name` becomes AT_EXECFN, if there is one.
  *
  * The kernel's copy is asked and not the stack behind envp: for a privileged program glibc has
  * removed variables from envp by then, and the gap it leaves reads as an empty vector.
  */
-static int is_privileged(void)
+static int is_privileged(const char **name)
 {
     /* AT_VECTOR_SIZE is about 50 words on x86_64 6.18; of a longer one the kernel gives the start,
      * where AT_SECURE is (fs/binfmt_elf.c, create_elf_tables). */
     unsigned long auxv[2 * 40];
     long size;
+    int privileged = -1;
 
     /* For valgrind, which does not know that the kernel fills this (3.19).  The barrier keeps the
      * compiler from making it a call of memset, which is in the libc. */
@@ -52,17 +55,24 @@ static int is_privileged(void)
         size = sizeof auxv;
     for (unsigned i = 0; (long)((i + 2) * sizeof auxv[0]) <= size; i += 2) {
         if (auxv[i] == AT_SECURE)
-            return auxv[i + 1] != 0;
-        if (auxv[i] == AT_NULL)
+            privileged = auxv[i + 1] != 0;
+        else if (auxv[i] == AT_EXECFN)
+            *name = (const char *)auxv[i + 1];
+        else if (auxv[i] == AT_NULL)
             break;
     }
-    return -1;
+    return privileged;
+}
+
+/* Without glibc the arguments are whatever the registers held: believed only if they fit. */
+static bool is_called_by_glibc(int argc, char **argv, char **envp)
+{
+    return argc >= 0 && argv != NULL && envp == argv + argc + 1;
 }
 
 static char *const *environment(int argc, char **argv, char **envp)
 {
-    /* Without glibc the arguments are whatever the registers held: believed only if they fit. */
-    if (argc >= 0 && argv != NULL && envp == argv + argc + 1)
+    if (is_called_by_glibc(argc, argv, envp))
         return envp;
     return &__environ != NULL ? __environ : NULL;
 }
@@ -90,9 +100,11 @@ static void leave_out(void)
 __attribute__((constructor)) static void opt_in(int argc, char **argv, char **envp)
 {
     struct settings settings;
+    enum policy_answer answer;
+    const char *name = NULL;
     long error;
 
-    switch (is_privileged()) {
+    switch (is_privileged(&name)) {
     case 0:
         break;
     case 1:
@@ -111,6 +123,14 @@ __attribute__((constructor)) static void opt_in(int argc, char **argv, char **en
         if (settings.verbose)
             say(settings.off ? "ksm_preload: left out: KSM_PRELOAD=off\n"
                              : "ksm_preload: left to libksm_preload.so: KSM_PRELOAD=madvise\n");
+        return;
+    }
+
+    answer = ask_policy(name, is_called_by_glibc(argc, argv, envp) ? argv : NULL);
+    if (answer != POLICY_LETS_IN) {
+        leave_out();
+        if (settings.verbose)
+            say(policy_reason(answer));
         return;
     }
 

@@ -3,18 +3,43 @@
  * System calls without a libc: for code that runs before the libc is ready, or beside a libc we
  * did not choose (the same file is loaded by glibc and musl).  Returns the kernel's own value,
  * -errno on failure; errno itself is never touched.
- *
- * Numbers: arch/x86/entry/syscalls/syscall_{64,32}.tbl and include/uapi/asm-generic/unistd.h.
  */
 #ifndef KSM_RAWSYS_H
 #define KSM_RAWSYS_H
 
-#if defined(__x86_64__) && !defined(__ILP32__)
+#include <asm/unistd.h>
 
 enum {
-    RAW_read = 0, RAW_write = 1, RAW_close = 3, RAW_getpid = 39, RAW_execve = 59, RAW_prctl = 157,
-    RAW_openat = 257,
+    RAW_close = __NR_close,
+    RAW_execve = __NR_execve,
+    RAW_faccessat = __NR_faccessat,
+    RAW_getdents64 = __NR_getdents64,
+    RAW_getpid = __NR_getpid,
+    RAW_lseek = __NR_lseek,
+    RAW_openat = __NR_openat,
+    RAW_prctl = __NR_prctl,
+    RAW_read = __NR_read,
+    RAW_readlinkat = __NR_readlinkat,
+    RAW_write = __NR_write,
+#ifdef __NR_fstat64
+    RAW_fstat = __NR_fstat64, /* where there is one, the other has 16 bits for a user */
+#else
+    RAW_fstat = __NR_fstat,
+#endif
 };
+
+#if defined(__x86_64__) && !defined(__ILP32__)
+
+/*
+ * What RAW_fstat fills, as far as we read it.  <asm/stat.h> has it whole, but under the name of
+ * <sys/stat.h>'s struct; arch/x86/include/uapi/asm/stat.h, include/uapi/asm-generic/stat.h.
+ */
+struct raw_stat {
+    unsigned long before[3];
+    unsigned mode, uid;
+    unsigned long after[14];
+};
+_Static_assert(sizeof(struct raw_stat) == 144, "not the kernel's struct stat");
 
 static inline long raw_syscall5(long nr, long a, long b, long c, long d, long e)
 {
@@ -31,7 +56,12 @@ static inline long raw_syscall5(long nr, long a, long b, long c, long d, long e)
 
 #elif defined(__i386__)
 
-enum { RAW_write = 4, RAW_prctl = 172 };
+struct raw_stat {
+    unsigned before[4];
+    unsigned mode, links, uid;
+    unsigned after[17];
+};
+_Static_assert(sizeof(struct raw_stat) == 96, "not the kernel's struct stat64");
 
 static inline long raw_syscall5(long nr, long a, long b, long c, long d, long e)
 {
@@ -46,10 +76,12 @@ static inline long raw_syscall5(long nr, long a, long b, long c, long d, long e)
 
 #elif defined(__aarch64__)
 
-enum {
-    RAW_openat = 56, RAW_close = 57, RAW_read = 63, RAW_write = 64, RAW_prctl = 167, RAW_getpid = 172,
-    RAW_execve = 221,
+struct raw_stat {
+    unsigned long before[2];
+    unsigned mode, links, uid, gid;
+    unsigned long after[12];
 };
+_Static_assert(sizeof(struct raw_stat) == 128, "not the kernel's struct stat");
 
 static inline long raw_syscall5(long nr, long a, long b, long c, long d, long e)
 {

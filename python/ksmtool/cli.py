@@ -8,10 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from ksmtool.errors import ExitStatus, KsmtoolError
+
+if TYPE_CHECKING:
+    from ksmtool.consent import Company
 
 # Options of ours end at the command: `ksmtool wrap ls --help` is ls's help.
 _WRAPPING = {"allow_interspersed_args": False}
@@ -242,6 +246,171 @@ def group_forget(name: str) -> None:
     if alive:
         keep = "1 process keeps" if alive == 1 else f"{alive} processes keep"
         click.echo(f"{keep} the old one until {'it ends' if alive == 1 else 'they end'}.")
+
+
+@cli.command("global-enable")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "ld.so.preload", "systemd"]),
+    default="auto",
+    show_default=True,
+    help="How; auto takes systemd where that is enough, and says why.",
+)
+@click.option("--dry-run", is_flag=True, help="Try it and say what would change; change nothing.")
+@click.option("--yes", is_flag=True, help="Agree to what is said about security.")
+@click.option(
+    "--logins",
+    is_flag=True,
+    help="systemd: also what people start after a login, sudo, ssh and browsers included.",
+)
+@click.option(
+    "--force", is_flag=True, help="Also where virtual machines or containers of tenants run."
+)
+def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bool) -> None:
+    """Opt in every program of this machine, but for those that the policy leaves out.
+
+    Before anything is written, a shell, a set-uid program, Python, systemd and a program of each
+    architecture run with the change in a private mount namespace; afterwards they run for real,
+    and if one does not do what it did before, the change is taken back.
+    """
+    from ksmtool import consent, ldpreload, machine, systemd  # noqa: PLC0415
+    from ksmtool.kernel import Ksm  # noqa: PLC0415
+    from ksmtool.wrap import ksm_warning, probe  # noqa: PLC0415
+
+    machine.require_root()
+    kernel = probe()
+    choice = machine.choose(method, kernel, systemd.obstacle, machine.enabled())
+    if logins and choice.method != machine.SYSTEMD:
+        raise click.UsageError("--logins is about the method systemd.")
+    click.echo(f"Method: {choice.method} ({choice.why}).")
+    for problem in ldpreload.problems():
+        click.echo(f"note: {problem}", err=True)
+    if choice.method == machine.PRELOAD:
+        entry = ldpreload.entry_for(machine.library(kernel))
+        machine.rehearse(entry, force)
+        click.echo(f"Tried in a mount namespace: programs start and print the same with {entry}.")
+        nothing_to_do = ldpreload.candidate(entry, force=force) == ldpreload.content()
+    else:
+        wanted = machine.drop_ins(logins)
+        nothing_to_do = not systemd.changes(wanted)
+    if nothing_to_do:
+        click.echo("Enabled already: nothing to change.")
+        return
+    if dry_run:
+        if choice.method == machine.PRELOAD:
+            click.echo(f"/{ldpreload.FILE} would be:")
+            click.echo(ldpreload.candidate(entry, force=force), nl=False)
+        for drop_in in wanted if choice.method == machine.SYSTEMD else ():
+            click.echo(f"/{drop_in.path}: MemoryKSM={'yes' if drop_in.on else 'no'}")
+        return
+    _require_consent(consent.company(), yes, force)
+    if choice.method == machine.PRELOAD:
+        click.echo(f"{machine.enable_by_preload(entry, force)}.")
+        click.echo("Programs are opted in when they start, from now on; services: restart them.")
+    else:
+        changed = machine.enable_by_systemd(wanted)
+        click.echo(f"{len(changed)} drop-ins of systemd changed below /etc/systemd.")
+        click.echo("Each service is opted in when it is restarted, or at the next boot.")
+        left_out = [drop_in.unit for drop_in in wanted if not drop_in.on]
+        click.echo(f"Left out: {', '.join(left_out) or 'none'}.")
+        click.echo(
+            "Logins: from the next one on."
+            if logins
+            else "What people start after a login is not opted in; --logins changes that."
+        )
+    warning = ksm_warning(Ksm())
+    if warning:
+        click.echo(warning, err=True)
+
+
+def _require_consent(company: Company, yes: bool, force: bool) -> None:
+    """Say what it gives away, and go on only with a yes; tenants are a no without --force."""
+    from ksmtool import consent  # noqa: PLC0415
+
+    if company.tenants and not force:
+        raise KsmtoolError(
+            f"This machine runs {' and '.join(company.tenants)}: its memory would merge with "
+            "that of everything else.",
+            "If all of them are your own, use --force.",
+        )
+    click.echo(consent.FIVE_LINES)
+    if company.people > 1:
+        click.echo(f"note: programs of {company.people} ordinary users run now.", err=True)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise KsmtoolError("Nothing was changed: that takes a yes.", "--yes gives it.")
+    if click.prompt("Type yes to go on", default="no", show_default=False) != "yes":
+        raise KsmtoolError("Nothing was changed.")
+
+
+@cli.command("global-disable")
+@click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
+def global_disable(dry_run: bool) -> None:
+    """Take back what global-enable did, by either method."""
+    from ksmtool import ldpreload, machine, systemd  # noqa: PLC0415
+
+    machine.require_root()
+    if dry_run:
+        for entry in ldpreload.entries():
+            if entry.ours:
+                click.echo(f"/{ldpreload.FILE}: {entry.name} would be removed")
+        for drop_in in systemd.present():
+            click.echo(f"/{drop_in.path} would be removed")
+        return
+    done = machine.disable()
+    for line in done or ["Nothing of ours was enabled."]:
+        click.echo(line)
+    still = machine.processes().still
+    if still:
+        some = ", ".join(f"{name} {pid}" for pid, name in sorted(still)[:8])
+        click.echo(
+            f"{len(still)} running processes keep library or flag until they are restarted: "
+            f"{some}{', ...' if len(still) > 8 else ''}."
+        )
+
+
+@cli.command("global-status")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of text.")
+def global_status(as_json: bool) -> None:
+    """Say what is enabled for the whole machine, and what that comes to, measured."""
+    from ksmtool import machine, report  # noqa: PLC0415
+
+    found = machine.status()
+    if as_json:
+        click.echo(report.status_as_json(found))
+    else:
+        for line in report.status_lines(found):
+            click.echo(line)
+
+
+@cli.group()
+def policy() -> None:
+    """Look at the policy: which programs are left out of KSM."""
+
+
+@policy.command("check")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of lines.")
+@click.argument("programs", nargs=-1, metavar="[PROGRAM]...")
+def policy_check(as_json: bool, programs: tuple[str, ...]) -> None:
+    """Say what policy is in force, what is wrong with it, and what becomes of each PROGRAM.
+
+    A PROGRAM is a path, or a name to look up in PATH. The exit status is 1 if something in the
+    files is malformed, not trusted, or cannot be read.
+    """
+    from ksmtool import policy as policies  # noqa: PLC0415
+    from ksmtool import report  # noqa: PLC0415
+
+    found = policies.load()
+    outcomes = [policies.outcome(found, name, os.environ.get("PATH")) for name in programs]
+    missing = [name for name, outcome in zip(programs, outcomes) if outcome is None]
+    if missing:
+        raise click.BadParameter(f"There is no program {missing[0]}.", param_hint="PROGRAM")
+    known = [outcome for outcome in outcomes if outcome is not None]
+    show = report.policy_as_json if as_json else report.policy_as_text
+    click.echo(show(found, known))
+    if found.problems:
+        raise SystemExit(ExitStatus.FAILED)
 
 
 @contextmanager

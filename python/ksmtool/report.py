@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A trial for people (table and sentence) and for programs (JSON)."""
+"""What is known, for people (tables and sentences) and for programs (JSON)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.text import Text
 
 from ksmtool.group import Group
 from ksmtool.kernel import PAGE_SIZE
+from ksmtool.machine import Status
+from ksmtool.policy import DEFAULTS, Outcome, Policy, Verdict
 from ksmtool.trial import ArmResult, Trial
 
 SCHEMA = 1
@@ -168,5 +170,107 @@ def print_groups(groups: Sequence[Group], console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def status_as_json(status: Status) -> str:
+    """Return what holds for the whole machine as JSON, schema 1."""
+    return json.dumps(
+        {
+            "schema": 1,
+            "methods": list(status.methods),
+            "preload": {
+                "entry": status.entry,
+                "entries": [asdict(entry) for entry in status.entries],
+                "loaded": status.loaded,
+                "complaint": status.complaint,
+                "problems": list(status.problems),
+            },
+            "systemd": {"drop_ins": {f"/{one.path}": one.on for one in status.drop_ins}},
+            "disabled_by_kill_switch": status.killed,
+            "processes": {
+                "total": status.processes.total,
+                "opted_in": status.processes.opted_in,
+                "library_loaded": status.processes.loaded,
+                "unreadable": status.processes.unreadable,
+                "left_out": dict(status.processes.left_out),
+            },
+        },
+        indent=2,
+    )
+
+
+def status_lines(status: Status) -> list[str]:
+    """Return the same as lines for a person."""
+    lines = []
+    if status.entry is None:
+        lines.append("ld.so.preload: no entry of ksm-preload")
+    else:
+        really = (
+            "programs that start now load it" if status.loaded else "but programs do NOT load it"
+        )
+        lines.append(f"ld.so.preload: {status.entry}, {really}")
+    if status.complaint:
+        lines.append(f"problem:       the loader says: {status.complaint}")
+    lines += [f"problem:       {problem}" for problem in status.problems]
+    on = sum(one.on for one in status.drop_ins)
+    off = len(status.drop_ins) - on
+    lines.append(
+        f"systemd:       {on} drop-ins with MemoryKSM=yes, {off} with no"
+        if status.drop_ins
+        else "systemd:       no drop-in of ksm-preload"
+    )
+    if status.killed:
+        lines.append("kill switch:   /run/ksm-preload.disabled is there: the libraries do nothing")
+    seen = status.processes
+    share = 100 * seen.opted_in / max(seen.total, 1)
+    lines.append(f"processes:     {seen.opted_in} of {seen.total} opted in ({share:.0f} %)")
+    lines += [f"               {count} {reason}" for reason, count in seen.left_out.most_common()]
+    if seen.unreadable:
+        lines.append(f"               {seen.unreadable} more that only root may look at")
+    return lines
+
+
 def _mb(size: float) -> str:
     return f"{size / MB:.1f}"
+
+
+def policy_as_json(policy: Policy, programs: Sequence[Outcome]) -> str:
+    """Return the policy, and what becomes of programs, as JSON, schema 1."""
+    document = {
+        "schema": SCHEMA,
+        "sources": [{"file": one.path, "rules": len(one.rules)} for one in policy.sources],
+        "default": _verdict(policy.default()),
+        "kill_switch": {"file": policy.kill_switch, "on": policy.off},
+        "unreadable": policy.unreadable or None,
+        "problems": [asdict(problem) for problem in policy.problems],
+        "programs": [
+            {"program": one.name, "executable": one.path, **_verdict(one.verdict)}
+            for one in programs
+        ],
+    }
+    return json.dumps(document, indent=2)
+
+
+def _verdict(verdict: Verdict) -> dict[str, str | int | None]:
+    return {
+        "verdict": "allow" if verdict.allowed else "deny",
+        "why": verdict.why,
+        "file": verdict.file or None,
+        "line": verdict.line or None,
+        "rule": verdict.rule or None,
+    }
+
+
+def policy_as_text(policy: Policy, programs: Sequence[Outcome]) -> str:
+    """Return a line for each problem, source and program."""
+    lines = [str(problem) for problem in policy.problems]
+    for source in policy.sources:
+        shipped = ", the defaults that are compiled in" if source.path == DEFAULTS else ""
+        count = f"{len(source.rules)} rule{'' if len(source.rules) == 1 else 's'}"
+        lines.append(f"in force: {source.path}{shipped} ({count})")
+    default = policy.default()
+    lines.append(f"default:  {'opted in' if default.allowed else 'left out'}, {default.why}")
+    state = "is there: every program is left out" if policy.off else "is not there"
+    lines.append(f"switch:   {policy.kill_switch} {state}")
+    for one in programs:
+        what = "opted in" if one.verdict.allowed else "left out"
+        lines.append(f"{one.name}: {what}, {one.verdict.why}; it is {one.path}")
+    return "\n".join(lines)

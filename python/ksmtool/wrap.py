@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from ksmtool import install, program
+from ksmtool import install, policy, program
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.group import Wanted
 from ksmtool.kernel import Ksm
@@ -45,10 +45,16 @@ class Plan:
     """What else is to be said unasked."""
 
 
-def decide(target: program.Program, kernel: Kernel, method: str, off: bool = False) -> Plan:
+def decide(
+    target: program.Program,
+    kernel: Kernel,
+    method: str,
+    off: bool = False,
+    verdict: policy.Verdict = policy.LET_IN,
+) -> Plan:
     """Return the plan for `target`; `method` is auto, prctl or madvise, `off` is KSM_PRELOAD=off.
 
-    Raises KsmtoolError with status 4 if a forced method cannot work here.
+    `verdict` is the policy's. Raises KsmtoolError with status 4 if a forced method cannot work.
     """
     final = target.final
     if off:
@@ -61,6 +67,8 @@ def decide(target: program.Program, kernel: Kernel, method: str, off: bool = Fal
             alone=True,
             warn=True,
         )
+    if not verdict.allowed:
+        return Plan((), f"{final.path} is left out of KSM: {verdict.why}", alone=True, warn=True)
     if method == "prctl" and not kernel.prctl:
         raise KsmtoolError(
             "This kernel does not take PR_SET_MEMORY_MERGE.",
@@ -221,10 +229,12 @@ def _plan_without_group(
         method = "madvise"
     if target is None:
         return None, Plan(("--method", method), "")
+    # What /proc/PID/exe will say.
+    verdict = policy.load().verdict(os.path.realpath(target.final.path))
     usual = not (off or target.final.privileged or _obstacle(target.final, "madvise"))
-    if usual and not thorough:
+    if usual and verdict.allowed and not thorough:
         return target, Plan(("--method", method), "")
-    return target, decide(target, probe(), method, off)
+    return target, decide(target, probe(), method, off, verdict)
 
 
 def _tell(text: str) -> None:

@@ -7,5 +7,7 @@
 
 __attribute__((constructor)) static void die(void)
 {
-    *(volatile int *)NULL = 0;
+    volatile int *volatile nowhere = NULL; /* else GCC removes what it sees to fault */
+
+    *nowhere = 0;
 }

@@ -11,6 +11,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/auxv.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -107,12 +108,15 @@ static void test_constructor(void)
 
 int main(void)
 {
+    const char *name = NULL;
+
     test_environment();
-    if (flag() < 0 || is_privileged() < 0) {
+    if (flag() < 0 || is_privileged(&name) < 0) {
         fprintf(stderr, "no PR_GET_MEMORY_MERGE or PR_GET_AUXV here\n");
         return failed_checks == 0 ? SKIP : 1;
     }
-    CHECK(is_privileged() == 0);
+    CHECK(is_privileged(&name) == 0);
+    CHECK(name != NULL && strcmp(name, (const char *)getauxval(AT_EXECFN)) == 0);
     CHECK(flag() == 0);
     test_constructor();
     return check_status();

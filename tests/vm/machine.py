@@ -8,6 +8,7 @@ mounting anything, and kept below .cache/vm. What was made in another way is not
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import platform
 import re
@@ -74,6 +75,25 @@ def kernel(suite: str, architecture: Architecture = AMD64) -> Path:
         unpack,
         architecture,
     )
+
+
+def libc(suite: str) -> Path:
+    """Return a tar archive with the loader and the C library of a Debian suite."""
+
+    def choose(packed: tarfile.TarFile, output: IO[bytes]) -> None:
+        with tarfile.open(fileobj=output, mode="w") as chosen:
+            for member in packed:
+                # Before 2.34 the files have a version in their names.
+                if member.isfile() and re.search(
+                    r"/(ld|libc)-[^/]*so[^/]*$|/libc\.so\.6$", member.name
+                ):
+                    is_loader = "/ld-" in member.name
+                    data = content(packed, member)
+                    member.name = "ld-linux-x86-64.so.2" if is_loader else "libc.so.6"
+                    chosen.addfile(member, io.BytesIO(data))
+
+    packages = ("--variant=extract", "--include=libc6", suite, "-")
+    return made(f"libc-{suite}", packages, choose, AMD64)
 
 
 def base(architecture: Architecture = AMD64) -> Path:

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT
+"""/etc/ld.so.preload: what is in it, what is wrong with it, and our entry in and out.
+
+The file is read and written by ksm-rescue alone (src/preload_file.c has the loader's grammar): a
+static program, so that what takes the entry out again does not depend on what the entry does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksmtool import install
+from ksmtool.errors import ExitStatus, KsmtoolError
+
+FILE = "etc/ld.so.preload"
+OURS = ("libksm_preload.so", "libksm_preload_prctl.so")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name that the loader takes from the file."""
+
+    name: str
+    ours: bool
+    in_comment: bool
+    """A person would take it for a part of a comment; the loader does not (elf/rtld.c)."""
+
+
+def entries(root: Path = Path("/")) -> list[Entry]:
+    """Return what the loader reads from the file, in its order. Raises KsmtoolError."""
+    found = []
+    # No name holds a newline; other bytes come back as they are.
+    for line in _rescue(root, "--list").split(b"\n")[:-1]:
+        whose, where, name = line.split(b"\t", 2)
+        found.append(Entry(os.fsdecode(name), whose == b"ours", where == b"comment"))
+    return found
+
+
+def candidate(entry: str | None, root: Path = Path("/"), force: bool = False) -> bytes:
+    """Return the file as it would be with `entry` in it, or without any entry of ours.
+
+    Raises KsmtoolError if the entry cannot be added.
+    """
+    options = ["--dry-run"] if entry is None else ["--dry-run", "--add", entry]
+    if force and entry is not None:
+        options.append("--force")
+    return _rescue(root, *options)
+
+
+def content(root: Path = Path("/")) -> bytes:
+    """Return the bytes of the file, none where it is missing."""
+    try:
+        return (root / FILE).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def problems(root: Path = Path("/")) -> list[str]:
+    """Return what is wrong with the file, one sentence each. Raises KsmtoolError."""
+    found = entries(root)
+    said = []
+    ours = [entry for entry in found if entry.ours]
+    if len(ours) > 1:
+        names = " and ".join(entry.name for entry in ours)
+        said.append(f"/{FILE} loads more than one copy of ksm-preload's library: {names}.")
+    for entry in found:
+        path = root / entry.name.lstrip("/")
+        if entry.in_comment:
+            said.append(
+                f"The loader takes '{entry.name}' for a library though it is in a comment: behind "
+                f"the first comment it reads others as names; remove the comments of /{FILE}."
+            )
+        elif entry.name.startswith("/") and "$" not in entry.name and not path.exists():
+            said.append(
+                f"{entry.name} is missing: every program prints an error until it is taken out of "
+                f"/{FILE}."
+            )
+    text = content(root)
+    for name in OURS:
+        inert = re.search(rb"^[^\n]*#[^\n]*" + re.escape(name.encode()), text, re.MULTILINE)
+        if inert and not any(entry.ours and entry.in_comment for entry in found):
+            said.append(
+                f"A comment in /{FILE} names {name}; the loader can read a comment as a library "
+                "when another comment is added: remove it."
+            )
+            break
+    if text and not (root / FILE).stat().st_mode & 0o004:
+        said.append(f"/{FILE} is readable by root only, so only root's programs heed it.")
+    return said
+
+
+@contextmanager
+def adding(entry: str, root: Path = Path("/"), force: bool = False) -> Iterator[str]:
+    """Put `entry` into the file for as long as the body takes, and for good if it ends well.
+
+    Yields what ksm-rescue said. It waits beside us and brings the old file back if the body
+    raises, or if this process dies, even by SIGKILL. Raises KsmtoolError if it cannot be added.
+    """
+    command = [install.rescue(), "--root", str(root), "--confirm", "--add", entry]
+    with subprocess.Popen(
+        [*command, "--force"] if force else command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = process.stdout.readline().decode().strip()
+        try:
+            if not said:
+                raise _failed(process.stderr.read())
+            yield said
+            with contextlib.suppress(BrokenPipeError):  # it had the entry already and did not wait
+                process.stdin.write(b"keep\n")
+        finally:
+            # Its end without that line is what makes ksm-rescue take the entry out.
+            process.stdin.close()
+            process.wait()
+    if process.returncode != 0:
+        raise KsmtoolError(f"ksm-rescue gave up on /{FILE} and brought the old one back.")
+
+
+def remove(root: Path = Path("/")) -> str:
+    """Take every entry of ours out and return what ksm-rescue said. Raises KsmtoolError."""
+    return _rescue(root).decode().strip()
+
+
+def _rescue(root: Path, *options: str) -> bytes:
+    done = subprocess.run(
+        [install.rescue(), "--root", str(root), *options],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    if done.returncode != 0:
+        raise _failed(done.stderr)
+    return done.stdout
+
+
+def _failed(stderr: bytes) -> KsmtoolError:
+    said = os.fsdecode(stderr).strip().removeprefix("ksm-rescue: ")
+    return KsmtoolError(said or "ksm-rescue failed.", "The file is as it was.")
+
+
+# ---- The entry -----------------------------------------------------------------------------
+
+
+def entry_for(library: str) -> str:
+    """Return the entry by which programs of every architecture find `library` (a base name).
+
+    The loader puts its own folder in the place of $LIB. A bare name would not do: for set-uid
+    programs it is only taken from files that are set-uid themselves (elf/dl-load.c, open_path).
+    Raises KsmtoolError if the library is not where a package puts it, or others may write it.
+    """
+    for prefix in ("/usr", "/usr/local"):
+        entry = f"{prefix}/$LIB/{library}"
+        path = _resolved(entry)
+        if path is not None:
+            _require_trusted(path)
+            return entry
+    raise KsmtoolError(
+        f"{library} is not in the system's library folder, so it must not go into /{FILE}: a "
+        "library below a home or a venv can be changed or removed by others.",
+        "Install ksm-preload's package; `ksmtool wrap` needs no installation.",
+        ExitStatus.UNSUPPORTED,
+    )
+
+
+def _resolved(entry: str) -> Path | None:
+    """Have the loader load an entry and return the file that it took."""
+    done = subprocess.run(
+        ["cat", "/proc/self/maps"],
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "LD_PRELOAD": entry},
+        capture_output=True,
+    )
+    name = entry.rpartition("/")[2]
+    for line in os.fsdecode(done.stdout).splitlines():
+        if line.endswith(f"/{name}"):
+            return Path(line[line.index("/") :])
+    return None
+
+
+def _require_trusted(path: Path) -> None:
+    real = path.resolve()
+    for part in (real, *real.parents):
+        status = part.stat()
+        if status.st_uid != 0 or status.st_mode & 0o022:
+            raise KsmtoolError(
+                f"{part} can be changed by others than root, so {path} must not go into /{FILE}.",
+                f"ls -ld {part}",
+            )
+
+
+def architectures() -> Sequence[str]:
+    """Return the libc of each architecture in the loader's cache: each is a program, too."""
+    for ldconfig in ("/sbin/ldconfig", "/usr/sbin/ldconfig"):
+        if os.access(ldconfig, os.X_OK):
+            shown = subprocess.run([ldconfig, "-p"], check=False, capture_output=True, text=True)
+            found = re.findall(r"^\s*libc\.so\.6 \([^)]*\) => (\S+)$", shown.stdout, re.MULTILINE)
+            return [path for path in dict.fromkeys(found) if os.access(path, os.X_OK)]
+    return []

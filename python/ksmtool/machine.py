@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: MIT
+"""The whole machine: opt in every program, take that back, and see what holds.
+
+By /etc/ld.so.preload, which every dynamic program of the GNU C library heeds, set-uid ones too; or
+by systemd, which gives each service the kernel's flag and loads nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ksmtool import ldpreload, policy, process, rehearsal, systemd
+from ksmtool.errors import ExitStatus, KsmtoolError
+from ksmtool.wrap import Kernel
+
+PRELOAD, SYSTEMD = "ld.so.preload", "systemd"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method, and why it is that one."""
+
+    method: str
+    why: str
+
+
+def require_root() -> None:
+    """Raise KsmtoolError with status 3 for everybody else."""
+    if os.geteuid() != 0:
+        raise KsmtoolError("Only root may do this.", "Run it with sudo.", ExitStatus.NEEDS_ROOT)
+
+
+def enabled(root: Path = Path("/")) -> list[str]:
+    """Return the methods by which this machine is opted in, as its files say."""
+    found = [PRELOAD] if any(entry.ours for entry in ldpreload.entries(root)) else []
+    return found + ([SYSTEMD] if systemd.present(root) else [])
+
+
+def choose(
+    wanted: str, kernel: Kernel, obstacle: Callable[[], str | None], already: Sequence[str] = ()
+) -> Choice:
+    """Return the method to take; `wanted` is auto or one of the two.
+
+    `obstacle` tells why systemd cannot do it. Raises KsmtoolError with status 4 where a method that
+    was named, or any, cannot work here.
+    """
+    if not kernel.madvise and not kernel.prctl:
+        raise KsmtoolError(
+            "This kernel has no KSM.", "It was built without CONFIG_KSM.", ExitStatus.UNSUPPORTED
+        )
+    if wanted == PRELOAD:
+        return Choice(PRELOAD, "as asked for")
+    if wanted == "auto" and already:
+        return Choice(already[0], "the machine is enabled by it already")
+    reason = obstacle()
+    if reason is None and not kernel.inherit:
+        reason = "this kernel loses the flag at exec (Linux 6.7 keeps it)"
+    if reason is None:
+        return Choice(
+            SYSTEMD, "the kernel keeps its flag over exec, so no library has to be loaded"
+        )
+    if wanted == SYSTEMD:
+        raise KsmtoolError(
+            f"Services cannot be opted in by systemd here: {reason}.",
+            "--method ld.so.preload works without.",
+            ExitStatus.UNSUPPORTED,
+        )
+    return Choice(PRELOAD, f"not systemd: {reason}")
+
+
+def library(kernel: Kernel) -> str:
+    """Return the base name of the library for this kernel."""
+    return "libksm_preload_prctl.so" if kernel.prctl else "libksm_preload.so"
+
+
+# ---- /etc/ld.so.preload --------------------------------------------------------------------
+
+
+def rehearse(
+    entry: str, force: bool = False
+) -> tuple[list[rehearsal.Check], list[rehearsal.Outcome]]:
+    """Run programs with `entry` in the file, in a private mount namespace.
+
+    Returns them and what came of them without it. Raises KsmtoolError if one no longer does the
+    same, or the library is not loaded.
+    """
+    programs = rehearsal.checks(ldpreload.architectures())
+    before = rehearsal.run(programs)
+    candidate = ldpreload.candidate(entry, force=force)
+    *after, loaded = rehearsal.under(candidate, [*programs, _loads(entry)])
+    _require_the_same(programs, before, after, "Nothing was written")
+    if loaded.stdout != "loaded\n":
+        raise KsmtoolError(
+            f"The loader did not load {entry}. Nothing was written.",
+            f"The file would be: {candidate!r}",
+        )
+    return programs, before
+
+
+def _loads(entry: str) -> rehearsal.Check:
+    name = entry.rpartition("/")[2]
+    look = f"grep -q '/{name}$' /proc/self/maps && echo loaded"
+    return rehearsal.Check("the loader", ("/bin/sh", "-c", look), rehearsal.NOBODY)
+
+
+def _require_the_same(
+    programs: Sequence[rehearsal.Check],
+    before: Sequence[rehearsal.Outcome],
+    after: Sequence[rehearsal.Outcome],
+    what_then: str,
+) -> None:
+    differences = rehearsal.differences(programs, before, after)
+    if differences:
+        hint = "\n      ".join(differences[1:])
+        if "architecture" in differences[0]:
+            hint = "Install ksm-preload's library for that architecture, too (libksm-preload:i386)."
+        raise KsmtoolError(
+            f"With the library in /{ldpreload.FILE}, {differences[0]} {what_then}.", hint or None
+        )
+
+
+def enable_by_preload(entry: str, force: bool = False) -> str:
+    """Put `entry` into the file: rehearsed before, checked after; return what was done.
+
+    Raises KsmtoolError, and the file is as it was.
+    """
+    programs, before = rehearse(entry, force)
+    with ldpreload.adding(entry, force=force) as said:
+        after = rehearsal.run([*programs, _loads(entry)])
+        _require_the_same(programs, before, after, f"/{ldpreload.FILE} is as it was")
+        if after[-1].stdout != "loaded\n":
+            raise KsmtoolError(f"The loader did not load {entry}. /{ldpreload.FILE} is as it was.")
+    return said
+
+
+# ---- systemd -------------------------------------------------------------------------------
+
+
+def drop_ins(logins: bool, root: Path = Path("/")) -> list[systemd.DropIn]:
+    """Return the drop-ins that the policy asks for."""
+    # The kill switch is for now, these are for good.
+    rules = replace(policy.load(root), off=False)
+    return systemd.wanted(
+        lambda path: not rules.verdict(path).allowed, rules.default().allowed, logins, root
+    )
+
+
+def enable_by_systemd(wanted: Sequence[systemd.DropIn], root: Path = Path("/")) -> list[str]:
+    """Write the drop-ins and have systemd read them; return the paths that changed.
+
+    Raises KsmtoolError, and the drop-ins are as they were.
+    """
+    before = systemd.present(root)
+    changed = systemd.write(wanted, root)
+    try:
+        if changed:
+            systemd.reload()
+    except KsmtoolError:
+        systemd.write(before, root)
+        raise
+    return changed
+
+
+def disable(root: Path = Path("/")) -> list[str]:
+    """Take out what either method put in; return what was done, a sentence each."""
+    said = []
+    if any(entry.ours for entry in ldpreload.entries(root)):
+        said.append(ldpreload.remove(root) + ".")
+    removed = systemd.write([], root)
+    if removed:
+        systemd.reload()
+        said.append(f"Removed {len(removed)} drop-ins of systemd, {removed[0]} among them.")
+    return said
+
+
+# ---- What holds ----------------------------------------------------------------------------
+
+
+@dataclass
+class Processes:
+    """The processes that have memory of their own, by what KSM may do with it."""
+
+    total: int = 0
+    opted_in: int = 0
+    unreadable: int = 0
+    loaded: int = 0
+    """Processes with our library."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Reason -> count, for those that are not opted in."""
+    still: list[tuple[int, str]] = field(default_factory=list)
+    """PID and program of each that is opted in or has the library."""
+
+
+def processes(root: Path = Path("/")) -> Processes:
+    """Look at every process below `root`; one that ends meanwhile is not counted."""
+    rules = replace(policy.load(root), off=False)
+    found = Processes()
+    proc = root / "proc"
+    for entry in proc.iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            exe = os.readlink(entry / "exe").removesuffix(" (deleted)")
+            maps = (entry / "maps").read_text(errors="replace")
+            opted = process.opted_in(int(entry.name), proc)
+        except PermissionError:
+            found.unreadable += 1
+            continue
+        except OSError:
+            continue  # ended, or a kernel thread
+        if not maps:
+            continue
+        found.total += 1
+        loaded = any(f"/{name}" in maps for name in ldpreload.OURS)
+        found.loaded += loaded
+        found.opted_in += opted
+        if opted or loaded:
+            found.still.append((int(entry.name), os.path.basename(exe)))
+        if not opted:
+            found.left_out[_reason(exe, maps, loaded, rules)] += 1
+    return found
+
+
+def _reason(exe: str, maps: str, loaded: bool, rules: policy.Policy) -> str:
+    if not rules.verdict(exe).allowed:
+        return "left out by the policy"
+    if loaded:
+        return "privileged, or left out by its environment or the kill switch"
+    if "/ld-linux" not in maps and "/ld-2." not in maps:
+        return "static, or not of the GNU C library"
+    return "started before, or not reached by the method"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is enabled, and what that comes to: measured, not concluded from our own files."""
+
+    methods: tuple[str, ...]
+    """What our own files say."""
+    entry: str | None
+    entries: tuple[ldpreload.Entry, ...]
+    problems: tuple[str, ...]
+    loaded: bool | None
+    """Whether a program that is started now gets the library; None where none should."""
+    complaint: str
+    """What the loader says on stderr when a program starts, "" for nothing."""
+    drop_ins: tuple[systemd.DropIn, ...]
+    killed: bool
+    processes: Processes
+
+
+def status(root: Path = Path("/")) -> Status:
+    """Measure it. Raises KsmtoolError."""
+    entries = ldpreload.entries(root)
+    ours = next((entry.name for entry in entries if entry.ours), None)
+    outcome = rehearsal.run([_loads(ours or "/libksm_preload")])[0]
+    return Status(
+        methods=tuple(enabled(root)),
+        entry=ours,
+        entries=tuple(entries),
+        problems=tuple(ldpreload.problems(root)),
+        loaded=outcome.stdout == "loaded\n" if ours else None,
+        complaint=outcome.stderr.strip(),
+        drop_ins=tuple(systemd.present(root)),
+        killed=policy.load(root).off,
+        processes=processes(root),
+    )

@@ -1,0 +1,3 @@
+/* SPDX-License-Identifier: MIT */
+/* A library that does nothing. */
+int nothing;
