@@ -29,6 +29,8 @@ DISABLED = Path("/run/ksm-preload.disabled")
 OFF_UNIT = "ksm-preload-off.service"
 UNIT_FOLDERS = (Path("/etc/systemd"), Path("/run/systemd"))
 
+BY_LIST, BY_SYSTEMD = "ld.so.preload", "systemd"
+
 PROBE = "ksm-probe"
 """The service that stands for all that have nothing to do with us."""
 
@@ -286,18 +288,18 @@ def plain() -> None:
 def disabled() -> None:
     """As if we had never been enabled, and ksmtool says so."""
     untouched()
-    assert status()["method"] is None
+    assert status()["methods"] == []
 
 
 def enable() -> None:
     """Enable by the method that ksmtool chooses itself."""
     assert output("ksmtool", "global-enable", "--yes") != ""
-    assert status()["method"] == word("ksm_test.method")
+    assert status()["methods"] == [word("ksm_test.method")]
 
 
 def enable_list() -> None:
     """Enable by the file, whatever is best here."""
-    assert output("ksmtool", "global-enable", "--yes", "--method", "ld.so.preload") != ""
+    assert output("ksmtool", "global-enable", "--yes", "--method", BY_LIST) != ""
     assert "libksm_preload" in PRELOAD_LIST.read_text()
 
 
@@ -306,17 +308,20 @@ def enabled() -> None:
     is_up()
     method = word("ksm_test.method")
     told = status()
-    assert told["method"] == method
-    assert PRELOAD_LIST.exists() == (method == "ld.so.preload")
-    print("opted in:", *sorted(set(all_opted_in().values())))
+    assert told["methods"] == [method]
+    assert PRELOAD_LIST.exists() == (told["preload"]["entry"] is not None) == (method == BY_LIST)
+    assert bool(our_files()) == bool(told["systemd"]["drop_ins"]) == (method == BY_SYSTEMD)
+    names = all_opted_in().values()
+    print(f"{len(names)} opted in:", *sorted(set(names)))
+    assert told["processes"]["opted_in"] > 0
+
     found = processes()
     wrong = [name for name in PRIVATE if found[name]]
     assert not wrong, f"opted in against the policy: {wrong}"
-    expected = ["a service", "a service of alice"]
-    if method == "ld.so.preload":
-        expected += ["the shell of a login", "a program by ssh"]
-    missing = [name for name in expected if not found[name]]
-    assert not missing, f"not opted in: {missing}"
+    # By systemd what people start after a login is left out, unless asked for.
+    people = ("the shell of a login", "a service of alice", "a program by ssh")
+    expected = {"a service": True, **dict.fromkeys(people, method == BY_LIST)}
+    assert {name: found[name] for name in expected} == expected
 
 
 def disable() -> None:
