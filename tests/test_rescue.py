@@ -133,12 +133,31 @@ def test_a_lock_that_is_given_up_is_waited_for(rescue: Rescue) -> None:
     assert rescue.left() == []
 
 
+def test_a_lock_that_has_become_the_file_is_not_one(rescue: Rescue) -> None:
+    """Between opening it and locking it, its owner may rename it, and another make a new one."""
+    log, new = rescue.root / "log", rescue.etc / NEW_NAME
+    strace = [need_command("strace"), "-qq", "-o", str(log)]
+    strace += ["-e", "inject=flock:delay_enter=500000:when=1"]
+    new.write_bytes(b"/a.so\n" + E + b"\n")
+    log.touch()
+    waiting = subprocess.Popen([*strace, *rescue.command()], stdout=subprocess.DEVNULL)
+    wait_until(lambda: f'"{NEW_NAME}"' in log.read_text(), 10, "it has opened it")
+    new.rename(rescue.file)
+    with locked(new):
+        wait_until(lambda: "nanosleep" in log.read_text(), 10, "it waits for the new one")
+        assert new.exists()
+        assert rescue.read() == b"/a.so\n" + E + b"\n"
+    assert waiting.wait(timeout=20) == 0
+    assert rescue.read() == b"/a.so\n"
+    assert rescue.left() == []
+
+
 def sleeps(process: subprocess.Popen[bytes]) -> bool:
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].startswith("S")
 
 
 def test_what_a_killed_run_left_behind_is_no_lock(rescue: Rescue) -> None:
-    for left in (b"", b"half a fi"):
+    for left in (b"", b"half a fi", b"x" * 5000):
         rescue.write(b"/a.so\n")
         (rescue.etc / NEW_NAME).write_bytes(left)
         (rescue.etc / NEW_NAME).chmod(0o644)
