@@ -232,7 +232,7 @@ static void unlock(int etc)
 
 /*
  * The new file is the lock as well: only root can open it, while anybody could hold one on the folder for ever.
- * What a killed run left behind is not locked, and goes.
+ * What a killed run left behind is not locked, and goes; so does what others put there: a link to a file of theirs.
  */
 static void lock(int etc)
 {
@@ -242,7 +242,7 @@ static void lock(int etc)
         file_status opened, named;
         long error;
 
-        new_file = call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+        new_file = call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
         if (new_file < 0)
             return;
         error = call(flock, new_file, LOCK_EX_NB);
@@ -257,7 +257,7 @@ static void lock(int etc)
             return;
         } else if (call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
                    opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) {
-            if (opened.st_size == 0)
+            if (opened.st_size == 0 && opened.st_nlink == 1)
                 return;
             call(unlinkat, etc, NEW_NAME, 0);
         } /* else who had it has renamed it meanwhile, and it is not ours to write to */

@@ -166,6 +166,31 @@ def test_what_a_killed_run_left_behind_is_no_lock(rescue: Rescue) -> None:
         assert rescue.left() == []
 
 
+@pytest.mark.parametrize("kind", ["hard link", "symbolic link", "fifo", "folder"])
+def test_what_others_put_in_the_place_of_the_new_file(rescue: Rescue, kind: str) -> None:
+    """A root that is given with --root may be theirs."""
+    theirs, new = rescue.root / "theirs", rescue.etc / NEW_NAME
+    rescue.write(b"/a.so\n")
+    theirs.touch(0o600)
+    if kind == "hard link":
+        os.link(theirs, new)
+    elif kind == "symbolic link":
+        new.symlink_to(theirs)
+    elif kind == "fifo":
+        os.mkfifo(new)
+    else:
+        new.mkdir()
+    done = rescue("--add", E)
+    assert (theirs.read_bytes(), theirs.stat().st_mode & 0o777) == (b"", 0o600)
+    if kind == "hard link":
+        assert done.returncode == 0
+        assert rescue.read() == b"/a.so\n" + E + b"\n"
+    else:
+        assert done.returncode == 1
+        assert rescue.SAYS.fullmatch(done.stderr)
+        assert rescue.read() == b"/a.so\n"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
 def test_other_users_cannot_lock_it(tree: Tree, public: Path) -> None:
     """Anybody may lock a folder that he can read."""
