@@ -238,7 +238,7 @@ static void lock(int etc)
 {
     struct seconds tenth = {0, 100 * 1000 * 1000};
 
-    for (int tenths = 0; tenths < LOCK_SECONDS * 10;) {
+    for (int tenths = 0; tenths < LOCK_SECONDS * 10; tenths++) {
         file_status opened, named;
         long error;
 
@@ -250,7 +250,6 @@ static void lock(int etc)
             error = call(file_status, new_file, &opened);
         if (error == -EAGAIN || error == -EINTR) {
             call(nanosleep, &tenth);
-            tenths++;
         } else if (error < 0) { /* no locks here, so it is nobody's */
             unlock(etc);
             new_file = error;
