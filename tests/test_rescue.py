@@ -137,7 +137,7 @@ def test_a_lock_that_has_become_the_file_is_not_one(rescue: Rescue) -> None:
     """Between opening it and locking it, its owner may rename it, and another make a new one."""
     log, new = rescue.root / "log", rescue.etc / NEW_NAME
     strace = [need_command("strace"), "-qq", "-o", str(log)]
-    strace += ["-e", "inject=flock:delay_enter=500000:when=1"]
+    strace += ["-e", "inject=flock:delay_enter=2000000:when=1"]
     new.write_bytes(b"/a.so\n" + E + b"\n")
     log.touch()
     waiting = subprocess.Popen([*strace, *rescue.command()], stdout=subprocess.DEVNULL)
