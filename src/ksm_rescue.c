@@ -270,6 +270,7 @@ static unsigned mode_of(const struct file *file)
     return file->exists ? file->status.st_mode & 0777 : 0644;
 }
 
+/* Says nothing while the file is open: where stdout was closed, it may be that. */
 static long write_new(const char *text, size_t size, const struct file *old, unsigned mode)
 {
     long error = put((int)new_file, text, size);
@@ -491,10 +492,10 @@ static int edit(int etc, const struct request *request)
     }
     say(1, request->entry == NULL ? "/etc/" FILE_NAME ": entry of ksm-preload removed\n"
                                   : "/etc/" FILE_NAME ": entry of ksm-preload added\n");
-    if (!request->confirm)
-        return DONE;
-    unlock(etc); /* nobody has to wait for the answer */
-    return is_confirmed() ? DONE : take_back(etc, size, backed_up ? backup : NULL);
+    /* The lock went with the rename: nobody has to wait for the answer. */
+    if (request->confirm && !is_confirmed())
+        return take_back(etc, size, backed_up ? backup : NULL);
+    return DONE;
 }
 
 static int run(const struct request *request)
@@ -510,11 +511,6 @@ static int run(const struct request *request)
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
         all[i] = ~0UL;
     call(rt_sigprocmask, 2, all, 0, 8);
-    /* Where some of the first three are closed, no file of ours becomes stdout. */
-    do
-        error = call(openat, AT_FDCWD, "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    while (error >= 0 && error <= 2);
-    call(close, error);
     now.open = then.open = -1;
     if (request->root != NULL) {
         root = call(openat, AT_FDCWD, request->root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
