@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /* policy.h: what cannot be seen from outside.  The rules have their table in tests/test_policy.py. */
+#define _GNU_SOURCE
 #include "check.h"
 
 #include "policy.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 /* The verdict on `path` by `text`, fed in pieces of `piece` bytes. */
 static bool denied(const char *text, size_t length, const char *path, size_t piece)
@@ -93,6 +95,41 @@ static void test_defaults(void)
     CHECK(strchr(policy_defaults, '#') == NULL);
 }
 
+static void test_quick_name(void)
+{
+    char link[] = "/tmp/ksm-preload-link-XXXXXX", name[] = "/bin/true", relative[] = "bin/true";
+    char word[] = "word", *plain[] = {word, word, NULL}, *script[] = {word, word, name, NULL};
+    char *late[12], *none[] = {NULL};
+
+    for (int i = 0; i < 12; i++)
+        late[i] = i < 11 ? word : NULL;
+    CHECK(policy_quick_name(NULL, plain) == 0);
+    CHECK(policy_quick_name(name, NULL) == 0);
+    CHECK(policy_quick_name(name, none) == 0);
+    /* What the kernel does: argv's first text is below the name. */
+    plain[0] = script[0] = late[0] = word < name ? word : name - 8;
+    CHECK(policy_quick_name(name, plain) == sizeof name - 1);
+    CHECK(policy_quick_name(name, script) == 0);
+    CHECK(policy_quick_name(name, late) == sizeof name - 1);
+    late[10] = name;
+    CHECK(policy_quick_name(name, late) == 0);
+    plain[0] = name + 1; /* ... and never above it, nor far away */
+    CHECK(policy_quick_name(name, plain) == 0);
+    plain[0] = name - 7 * 1024 * 1024;
+    CHECK(policy_quick_name(name, plain) == 0);
+    plain[0] = word < relative ? word : relative - 8;
+    CHECK(policy_quick_name(relative, plain) == 0);
+
+    close(mkstemp(link));
+    plain[0] = link - 8;
+    CHECK(policy_quick_name(link, plain) == sizeof link - 1);
+    unlink(link);
+    CHECK(policy_quick_name(link, plain) == 0);
+    CHECK(symlink("/bin/true", link) == 0);
+    CHECK(policy_quick_name(link, plain) == 0);
+    unlink(link);
+}
+
 static void test_reasons(void)
 {
     CHECK_TEXT(policy_reason(POLICY_LETS_IN), "");
@@ -107,6 +144,7 @@ int main(void)
     test_sources_are_texts_of_their_own();
     test_names();
     test_defaults();
+    test_quick_name();
     test_reasons();
     return check_status();
 }
