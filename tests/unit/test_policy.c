@@ -95,38 +95,40 @@ static void test_defaults(void)
     CHECK(strchr(policy_defaults, '#') == NULL);
 }
 
+/* As a kernel lays them out: the texts of argv, and above them, not far away, the name. */
+static size_t quick_name(const char *name, long distance, int place)
+{
+    static char area[8 * 1024 * 1024];
+    char *texts = area + 4096, *argv[13], *copy = strcpy(texts + distance, name);
+
+    strcpy(area + 4096 - 8, "word");
+    for (int i = 0; i < 13; i++)
+        argv[i] = i == 12 ? NULL : i > 0 && i == place ? copy : area + 4096 - 8;
+    return policy_quick_name(copy, argv);
+}
+
 static void test_quick_name(void)
 {
-    char link[] = "/tmp/ksm-preload-link-XXXXXX", name[] = "/bin/true", relative[] = "bin/true";
-    char word[] = "word", *plain[] = {word, word, NULL}, *script[] = {word, word, name, NULL};
-    char *late[12], *none[] = {NULL};
+    char link[] = "/tmp/ksm-preload-link-XXXXXX", name[] = "/bin/true", *none[] = {NULL};
 
-    for (int i = 0; i < 12; i++)
-        late[i] = i < 11 ? word : NULL;
-    CHECK(policy_quick_name(NULL, plain) == 0);
+    CHECK(policy_quick_name(NULL, none) == 0);
     CHECK(policy_quick_name(name, NULL) == 0);
     CHECK(policy_quick_name(name, none) == 0);
-    /* What the kernel does: argv's first text is below the name. */
-    plain[0] = script[0] = late[0] = word < name ? word : name - 8;
-    CHECK(policy_quick_name(name, plain) == sizeof name - 1);
-    CHECK(policy_quick_name(name, script) == 0);
-    CHECK(policy_quick_name(name, late) == sizeof name - 1);
-    late[10] = name;
-    CHECK(policy_quick_name(name, late) == 0);
-    plain[0] = name + 1; /* ... and never above it, nor far away */
-    CHECK(policy_quick_name(name, plain) == 0);
-    plain[0] = name - 7 * 1024 * 1024;
-    CHECK(policy_quick_name(name, plain) == 0);
-    plain[0] = word < relative ? word : relative - 8;
-    CHECK(policy_quick_name(relative, plain) == 0);
+    CHECK(quick_name(name, 100, 0) == sizeof name - 1);
+    CHECK(quick_name("bin/true", 100, 0) == 0);
+    for (int i = 1; i <= 10; i++)
+        CHECK(quick_name(name, 100, i) == 0); /* a script's */
+    CHECK(quick_name(name, 100, 11) == sizeof name - 1);
+    CHECK(quick_name(name, 5 * 1024 * 1024, 0) == sizeof name - 1);
+    CHECK(quick_name(name, 7 * 1024 * 1024, 0) == 0);
+    CHECK(quick_name(name, -100, 0) == 0); /* below argv */
 
     close(mkstemp(link));
-    plain[0] = link - 8;
-    CHECK(policy_quick_name(link, plain) == sizeof link - 1);
+    CHECK(quick_name(link, 100, 0) == sizeof link - 1);
     unlink(link);
-    CHECK(policy_quick_name(link, plain) == 0);
+    CHECK(quick_name(link, 100, 0) == 0);
     CHECK(symlink("/bin/true", link) == 0);
-    CHECK(policy_quick_name(link, plain) == 0);
+    CHECK(quick_name(link, 100, 0) == 0);
     unlink(link);
 }
 
