@@ -71,6 +71,13 @@ def output(*command: str) -> str:
     return done.stdout.rstrip("\n")
 
 
+def changed(*command: str) -> None:
+    """Change the system; the command has to succeed and to say what it did."""
+    done = say(*command)
+    assert done.returncode == 0, f"{command}: status {done.returncode}"
+    assert done.stdout
+
+
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
     """Poll `condition` and return what it returns once that is true."""
     deadline = time.monotonic() + SECONDS
@@ -293,13 +300,13 @@ def disabled() -> None:
 
 def enable() -> None:
     """Enable by the method that ksmtool chooses itself."""
-    assert output("ksmtool", "global-enable", "--yes") != ""
+    changed("ksmtool", "global-enable", "--yes")
     assert status()["methods"] == [word("ksm_test.method")]
 
 
 def enable_list() -> None:
     """Enable by the file, whatever is best here."""
-    assert output("ksmtool", "global-enable", "--yes", "--method", BY_LIST) != ""
+    changed("ksmtool", "global-enable", "--yes", "--method", BY_LIST)
     assert "libksm_preload" in PRELOAD_LIST.read_text()
 
 
@@ -325,7 +332,7 @@ def enabled() -> None:
 
 
 def disable() -> None:
-    output("ksmtool", "global-disable")
+    changed("ksmtool", "global-disable")
     assert not PRELOAD_LIST.exists()
     assert our_files() == []
 
@@ -410,7 +417,8 @@ def main() -> None:
         for key in "uo":  # all file systems read-only, off
             Path("/proc/sysrq-trigger").write_text(key)
     else:
-        subprocess.run(["systemctl", "poweroff"], check=True)
+        # Nothing in the report behind the status, such as that there is no D-Bus yet.
+        subprocess.run(["systemctl", "poweroff"], stderr=subprocess.DEVNULL, check=True)
 
 
 if __name__ == "__main__":
