@@ -191,7 +191,7 @@ def test_what_others_put_in_the_place_of_the_new_file(rescue: Rescue, kind: str)
         assert rescue.read() == b"/a.so\n"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
+@pytest.mark.root
 def test_other_users_cannot_lock_it(tree: Tree, public: Path) -> None:
     """Anybody may lock a folder that he can read."""
     editor = Rescue(tree.rescue, public / "locked")
@@ -416,7 +416,7 @@ REMOVED = "/etc/ld.so.preload: entry of ksm-preload removed\n"
 NONE = "/etc/ld.so.preload has no entry of ksm-preload\n"
 INIT = "pid 1, 0 blocked, flags"
 
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a root")
+root_only = pytest.mark.root
 
 
 @pytest.fixture

@@ -290,7 +290,7 @@ def quiet(command: list[str | bytes]) -> list[str | bytes]:
     return ["sh", "-c", 'exec "$@" >/dev/null', "sh", *command]
 
 
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+root_only = pytest.mark.root
 
 FULL = {
     "no space": ("size=4k", ""),
