@@ -64,12 +64,6 @@ static int is_privileged(const char **name)
     return privileged;
 }
 
-/* Without glibc the arguments are whatever the registers held: believed only if they fit. */
-static bool is_called_by_glibc(int argc, char **argv, char **envp)
-{
-    return argc >= 0 && argv != NULL && envp == argv + argc + 1;
-}
-
 static char *const *environment(int argc, char **argv, char **envp)
 {
     if (is_called_by_glibc(argc, argv, envp))
