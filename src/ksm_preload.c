@@ -673,7 +673,7 @@ __attribute__((constructor)) static void opt_in(int argc, char **argv, char **en
     settings = read_settings(environ);
     if (!settings.off)
         answer = ask_policy((const char *)getauxval(AT_EXECFN),
-                            is_called_by_glibc(argc, argv, envp) ? argv : NULL);
+                            is_called_by_glibc(argc, argv, envp) ? argv : NULL, envp);
     left_out = settings.off || answer != POLICY_LETS_IN;
     if (left_out || settings.madvise)
         (void)set_flag(0);

@@ -120,7 +120,7 @@ __attribute__((constructor)) static void opt_in(int argc, char **argv, char **en
         return;
     }
 
-    answer = ask_policy(name, is_called_by_glibc(argc, argv, envp) ? argv : NULL);
+    answer = ask_policy(name, is_called_by_glibc(argc, argv, envp) ? argv : NULL, envp);
     if (answer != POLICY_LETS_IN) {
         leave_out();
         if (settings.verbose)

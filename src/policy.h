@@ -508,17 +508,19 @@ static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path,
  *
  * AT_EXECFN is what exec was called with.  Its base name is that of /proc/self/exe, unless it is a
  * symlink, or a script (or what binfmt_misc knows): then exec put it behind the interpreter into argv
- * (fs/binfmt_script.c), five times at most, each time with up to one argument.  Both lie in one area
- * of 6 MB at most (fs/exec.c, bprm_set_stack_limits), unless argv is not from that exec: valgrind's
- * programs have a stack of their own.
+ * (fs/binfmt_script.c), five times at most, each time with up to one argument.
+ *
+ * It lies above the environment's texts, which lie above argv's, 6 MB in all at most (fs/exec.c,
+ * bprm_set_stack_limits).  If not, it is not the kernel's: valgrind's programs have a stack of their
+ * own, and a loader called by hand puts one of its arguments there (glibc's elf/rtld.c).
  */
-static inline size_t policy_quick_name(const char *name, char **argv)
+static inline size_t policy_quick_name(const char *name, char **argv, char **envp)
 {
     size_t length = 0;
     char byte;
 
-    if (name == NULL || argv == NULL || argv[0] == NULL ||
-        (uintptr_t)name - (uintptr_t)argv[0] > 6 * 1024 * 1024 || name[0] != '/')
+    if (name == NULL || argv == NULL || argv[0] == NULL || envp[0] == NULL ||
+        (uintptr_t)name - (uintptr_t)envp[0] > 6 * 1024 * 1024 || name[0] != '/')
         return 0;
     for (int i = 1; i <= 10 && argv[i] != NULL; i++)
         if (policy_compare(argv[i], name) == 0)
@@ -548,9 +550,9 @@ static POLICY_CALLED enum policy_answer policy_of_path(long folder)
 
 /*
  * For a program whose privileges are known to be ordinary ones.  `name` is its AT_EXECFN, `argv`
- * what main() gets; where one is not known, NULL.
+ * and `envp` what main() gets; where they are not known, NULL.
  */
-static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv)
+static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv, char **envp)
 {
     enum policy_answer answer = POLICY_WANTS_PATH;
     size_t length;
@@ -561,7 +563,7 @@ static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv
     folder = raw_syscall5(RAW_openat, POLICY_HERE, (long)POLICY_FOLDER, POLICY_OPEN_PATH, 0, 0);
     if (folder < 0 && !policy_is_absent(folder))
         return POLICY_UNREADABLE;
-    length = policy_quick_name(name, argv);
+    length = policy_quick_name(name, argv, envp);
     if (length > 0)
         answer = policy_of(folder, name, length, false);
     if (answer == POLICY_WANTS_PATH)

@@ -215,6 +215,9 @@ def test_the_name_is_the_executables_however_it_was_started(
     loader = Path("/lib64/ld-linux-x86-64.so.2")
     need(loader.exists(), f"no {loader}")
     assert run([*env, loader, report]).stderr == OPTED_IN
+    (system.root / "etc/ksm-preload/policy").write_text("deny ld-*\n")
+    for by_hand in ([loader], [loader, "--argv0", "x"]):
+        assert run([*env, *by_hand, report]).stderr == BY_POLICY
 
 
 @pytest.mark.ksm
