@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The policy: which programs are left out of KSM.  This is its only reader in C; python/ksmtool/policy.py
- * is the one in Python, and tests/policy_cases.py is the table that both are held to.
+ * The policy: which programs are left out of KSM.  The only reader of it in C; the one in Python is
+ * python/ksmtool/policy.py, and tests/policy_cases.py is the table that both are held to.
  *
- *   # a comment           deny PATTERN    allow PATTERN    default allow    default deny
+ *   # a comment      deny PATTERN      allow PATTERN      default allow      default deny
  *
  * A pattern with a `/` in it is matched against the whole path of the executable, one without against
  * its base name: `*` any bytes, also `/`; `?` one byte; `[abc]`, `[a-z]`, `[!abc]`.  The first rule
  * that matches decides, over all files in their order; where none does, the first `default`; else
  * the program is allowed.  What is malformed is skipped: no line can make a program fail.
  *
- * Files: policy.d/(name).conf in the byte order of the names, then `policy`, or where there is none the defaults
- * (data/policy) that are compiled in.  A file or folder that somebody else than root could have
- * written, or that cannot be opened, is as good as not there.  Where it cannot be known what root wants
- * (no /proc, a failing read) the program is left out.
+ * Files: policy.d/(name).conf in the byte order of their names, then `policy`, or where there is none
+ * the defaults (data/policy) that are compiled in.  A file or folder that somebody else than root
+ * could have written, or that cannot be opened, is as good as not there.  Where it cannot be known
+ * what root wants (no name of the program, a failing read) the program is left out.
  *
  * Freestanding, like rawsys.h.  The upper half makes no system call: tests/fuzz.
  */
@@ -37,7 +37,7 @@ enum policy_verdict { POLICY_UNDECIDED, POLICY_ALLOW, POLICY_DENY };
 struct policy {
     const char *path, *base; /* of the executable: whole or NULL, and from behind the last `/` */
     size_t path_length, base_length;
-    char first; /* of the path: if that is not known, `/` */
+    char first;                    /* of the path: if that is not known, `/` */
     bool wants_path;               /* a rule may match the whole path, which is not known */
     enum policy_verdict decided;   /* by the first rule that matched */
     enum policy_verdict otherwise; /* the first `default` */
@@ -50,7 +50,10 @@ static inline bool policy_is_blank(char c)
     return c == ' ' || c == '\t' || c == '\r';
 }
 
-/* Whether `c` is in the set that begins at `at`, behind its `[`; `at` is then moved behind its `]`. */
+/*
+ * Whether `c` is in the set that begins at `at`, behind its `[`; `at` is then moved behind its
+ * `]`.
+ */
 static inline bool policy_in_set(const char *pattern, size_t length, size_t *at, unsigned char c)
 {
     size_t i = *at;
@@ -74,8 +77,10 @@ static inline bool policy_in_set(const char *pattern, size_t length, size_t *at,
     return false; /* never closed: malformed, so nothing may match it */
 }
 
-/* Of the stars only the last one seen is ever tried again: what an earlier one could take instead, the
- * last one can take, too.  So this ends after pattern x text steps at most. */
+/*
+ * Of the stars only the last one seen is ever tried again: what an earlier one could take instead,
+ * the last one can take, too.  So this ends after pattern x text steps at most.
+ */
 static inline bool policy_matches(const char *pattern, size_t pattern_length, const char *text,
                                   size_t text_length)
 {
@@ -91,8 +96,9 @@ static inline bool policy_matches(const char *pattern, size_t pattern_length, co
         }
         if (p < pattern_length &&
             (pattern[p] == '?' ||
-             (pattern[p] == '[' ? policy_in_set(pattern, pattern_length, &next, (unsigned char)text[t])
-                                : pattern[p] == text[t]))) {
+             (pattern[p] == '['
+                  ? policy_in_set(pattern, pattern_length, &next, (unsigned char)text[t])
+                  : pattern[p] == text[t]))) {
             p = next;
             t++;
             continue;
@@ -188,7 +194,10 @@ static inline void policy_read_line(struct policy *policy, const char *line, siz
         policy->decided = verdict;
 }
 
-/* For nearly every line of a long list: a comment, or a rule whose pattern begins with another byte than the names do. */
+/*
+ * For nearly every line of a long list: a comment, or a rule whose pattern begins with another
+ * byte than the names do.
+ */
 static inline bool policy_cannot_match(const struct policy *policy, const char *line, size_t length)
 {
     return (length > 0 && line[0] == '#') ||
@@ -202,7 +211,10 @@ static inline bool policy_is_done(const struct policy *policy)
     return policy->decided != POLICY_UNDECIDED || policy->wants_path;
 }
 
-/* Where the first newline is from `at` on, or `length`.  A word at a time: half of the reading's cost is here. */
+/*
+ * Where the first newline is from `at` on, or `length`.  A word at a time: half of the reading's
+ * cost is here.
+ */
 static inline size_t policy_line_end(const char *text, size_t at, size_t length)
 {
     const uintptr_t ones = UINTPTR_MAX / 0xff;
@@ -267,7 +279,10 @@ static inline void policy_read_defaults(struct policy *policy)
                     (size_t)(policy_defaults_from[first + 1] - policy_defaults_from[first]));
 }
 
-/* `path` is what /proc/self/exe says, not empty, and a NUL behind it; or if not `whole`, has at least its base name. */
+/*
+ * `path` is what /proc/self/exe says, not empty, and a NUL behind it; or if not `whole`, has at
+ * least its base name.
+ */
 static inline void policy_begin(struct policy *policy, const char *path, size_t length, bool whole)
 {
     static const char deleted[] = " (deleted)"; /* fs/d_path.c: since the start it was replaced */
@@ -290,7 +305,8 @@ static inline void policy_begin(struct policy *policy, const char *path, size_t 
 
 static inline bool policy_denies(const struct policy *policy)
 {
-    return (policy->decided != POLICY_UNDECIDED ? policy->decided : policy->otherwise) == POLICY_DENY;
+    return policy->decided == POLICY_DENY ||
+           (policy->decided == POLICY_UNDECIDED && policy->otherwise == POLICY_DENY);
 }
 
 /* ---- The files -------------------------------------------------------------------------------- */
@@ -326,8 +342,8 @@ enum policy_answer {
 enum policy_source { POLICY_SOURCE_READ, POLICY_SOURCE_ABSENT, POLICY_SOURCE_FAILED };
 
 /*
- * What open(2) says where there is nothing that could be trusted.  Not ENOMEM, EMFILE, EINTR and such: there may well be
- * a file then, and what is in it counts.
+ * What open(2) says where there is nothing that could be trusted.  Not ENOMEM, EMFILE, EINTR and
+ * such: there may well be a file then, and what is in it counts.
  */
 static inline bool policy_is_absent(long error)
 {
@@ -400,12 +416,12 @@ static inline size_t policy_drop_in(const char *name)
 }
 
 /*
- * The drop-ins in their order without a place to keep them all: each time the smallest name is taken that
- * is greater than the last.
+ * The drop-ins in their order without a place to keep them all: each time the smallest name is
+ * taken that is greater than the last.
  */
 static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy, long parent)
 {
-    /* struct linux_dirent64: inode and offset (8 bytes each), length of the record (2), type (1), name */
+    /* struct linux_dirent64: inode, offset (8 bytes each), length of the record (2), type (1), name */
     enum { RECORD_LENGTH = 16, NAME = 19 };
     _Alignas(8) char entries[1024];
     char names[2][POLICY_LONGEST_NAME + 1];
@@ -464,7 +480,8 @@ static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy
 }
 
 /* POLICY_WANTS_PATH: only where `whole` is false. */
-static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path, size_t length, bool whole)
+static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path, size_t length,
+                                                  bool whole)
 {
     struct policy policy;
     enum policy_source source = POLICY_SOURCE_ABSENT;
@@ -485,21 +502,25 @@ static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path,
 }
 
 /*
- * The program's base name without /proc, which would cost more than all else here: a process that looks at
- * /proc/self makes the kernel build and tear down its folder there, 0.6 x an empty library.
+ * The program's base name without /proc, which would cost more than all else here: for a process that
+ * looks at /proc/self the kernel makes its folder there and takes it down again, in the time of 0.75
+ * empty libraries.
  *
- * AT_EXECFN is what exec was called with.  Its base name is that of /proc/self/exe, unless it is a symlink, or a
- * script (or what binfmt_misc knows): then exec put it behind the interpreter into argv (fs/binfmt_script.c), five
- * times at most, each time with up to one argument.  Both lie in one area of 6 MB at most (fs/exec.c,
- * bprm_set_stack_limits), unless argv is not from that exec: valgrind's programs have a stack of their own.
+ * AT_EXECFN is what exec was called with.  Its base name is that of /proc/self/exe, unless it is a
+ * symlink, or a script (or what binfmt_misc knows): then exec put it behind the interpreter into argv
+ * (fs/binfmt_script.c), five times at most, each time with up to one argument.
+ *
+ * It lies above the environment's texts, which lie above argv's, 6 MB in all at most (fs/exec.c,
+ * bprm_set_stack_limits).  If not, it is not the kernel's: valgrind's programs have a stack of their
+ * own, and a loader called by hand puts one of its arguments there (glibc's elf/rtld.c).
  */
-static inline size_t policy_quick_name(const char *name, char **argv)
+static inline size_t policy_quick_name(const char *name, char **argv, char **envp)
 {
     size_t length = 0;
     char byte;
 
-    if (name == NULL || argv == NULL || argv[0] == NULL ||
-        (uintptr_t)name - (uintptr_t)argv[0] > 6 * 1024 * 1024 || name[0] != '/')
+    if (name == NULL || argv == NULL || argv[0] == NULL || envp[0] == NULL ||
+        (uintptr_t)name - (uintptr_t)envp[0] > 6 * 1024 * 1024 || name[0] != '/')
         return 0;
     for (int i = 1; i <= 10 && argv[i] != NULL; i++)
         if (policy_compare(argv[i], name) == 0)
@@ -511,7 +532,10 @@ static inline size_t policy_quick_name(const char *name, char **argv)
     return length;
 }
 
-/* By the whole path.  A path of the buffer's length may be cut; longer ones the kernel has none (fs/d_path.c). */
+/*
+ * By the whole path.  A path of the buffer's length may be cut; longer ones the kernel has none
+ * (fs/d_path.c).
+ */
 static POLICY_CALLED enum policy_answer policy_of_path(long folder)
 {
     char path[POLICY_LONGEST_PATH];
@@ -525,10 +549,10 @@ static POLICY_CALLED enum policy_answer policy_of_path(long folder)
 }
 
 /*
- * For a program whose privileges are known to be ordinary ones.  `name` is its AT_EXECFN, `argv` what main() gets;
- * where one is not known, NULL.
+ * For a program whose privileges are known to be ordinary ones.  `name` is its AT_EXECFN, `argv`
+ * and `envp` what main() gets; where they are not known, NULL.
  */
-static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv)
+static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv, char **envp)
 {
     enum policy_answer answer = POLICY_WANTS_PATH;
     size_t length;
@@ -539,7 +563,7 @@ static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv
     folder = raw_syscall5(RAW_openat, POLICY_HERE, (long)POLICY_FOLDER, POLICY_OPEN_PATH, 0, 0);
     if (folder < 0 && !policy_is_absent(folder))
         return POLICY_UNREADABLE;
-    length = policy_quick_name(name, argv);
+    length = policy_quick_name(name, argv, envp);
     if (length > 0)
         answer = policy_of(folder, name, length, false);
     if (answer == POLICY_WANTS_PATH)
@@ -549,7 +573,10 @@ static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv
     return answer;
 }
 
-/* For KSM_PRELOAD_VERBOSE=1; empty for who is let in.  No array of pointers: each would be a relocation. */
+/*
+ * For KSM_PRELOAD_VERBOSE=1; empty for who is let in.  No array of pointers: each would be a
+ * relocation.
+ */
 static inline const char *policy_reason(enum policy_answer answer)
 {
     return answer == POLICY_LEAVES_OUT    ? "ksm_preload: left out: the policy\n"

@@ -163,12 +163,14 @@ def test_off_in_the_environment_comes_first(
 
 
 @pytest.mark.ksm
+@pytest.mark.parametrize("name", SHIMS[:2])
 def test_without_proc_the_name_has_to_be_sure(
-    system: System, tree: Tree, victims: Victims, public: Path
+    system: System, tree: Tree, victims: Victims, public: Path, name: str
 ) -> None:
     """Where exec's own word is not (a symlink, a rule on the whole path), the program stays out."""
+    library, _ = tree.shim(name)
     command = [*system.inside("mount -t tmpfs none /proc"), "/usr/bin/env"]
-    command += ["KSM_PRELOAD_VERBOSE=1", f"LD_PRELOAD={tree.prctl_library}"]
+    command += ["KSM_PRELOAD_VERBOSE=1", f"LD_PRELOAD={library}"]
     link = public / "a-link-to-end"
     if not link.exists():
         link.symlink_to(victims("end"))
@@ -181,13 +183,12 @@ def test_without_proc_the_name_has_to_be_sure(
     assert run([*command, victims("end"), *end]).stderr == BY_POLICY
     (folder / "policy").write_text("deny /opt/*\n")
     assert run([*command, victims("end"), *end]).stderr == NO_NAME
-    library = f"LD_PRELOAD={tree.madvise_library}"
-    assert run([*command, library, victims("end"), *end]).stderr == NO_NAME
 
 
 @pytest.mark.ksm
+@pytest.mark.parametrize("name", SHIMS[:2])
 def test_the_name_is_the_executables_however_it_was_started(
-    system: System, tree: Tree, victims: Victims, public: Path
+    system: System, tree: Tree, victims: Victims, public: Path, name: str
 ) -> None:
     """A symlink, a script, a relative path, an argument that equals the path, and the loader."""
     system.folder({"policy": "deny report-dynamic\nallow ld-*\n"})
@@ -203,7 +204,7 @@ def test_the_name_is_the_executables_however_it_was_started(
     for file in (script, nested):
         file.chmod(0o755)
     env = [*system.inside(f"cd {named}"), "/usr/bin/env"]
-    env += ["KSM_PRELOAD_VERBOSE=1", f"LD_PRELOAD={tree.prctl_library}"]
+    env += ["KSM_PRELOAD_VERBOSE=1", f"LD_PRELOAD={tree.shim(name)[0]}"]
     for command in (
         [report], ["./link"], [named / "link"], ["../victims/report-dynamic"], [script], [nested],
     ):  # fmt: skip
@@ -214,6 +215,9 @@ def test_the_name_is_the_executables_however_it_was_started(
     loader = Path("/lib64/ld-linux-x86-64.so.2")
     need(loader.exists(), f"no {loader}")
     assert run([*env, loader, report]).stderr == OPTED_IN
+    (system.root / "etc/ksm-preload/policy").write_text("deny ld-*\n")
+    for by_hand in ([loader], [loader, "--argv0", "x"]):
+        assert run([*env, *by_hand, report]).stderr == BY_POLICY
 
 
 @pytest.mark.ksm

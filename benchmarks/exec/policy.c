@@ -30,7 +30,7 @@ int main(int argc, char **argv)
 
         now(); /* maps the clock's page */
         start = now();
-        ask_policy(name, argv);
+        ask_policy(name, argv, environ);
         end = now();
         printf("%ld\n", end - start);
         return 0;

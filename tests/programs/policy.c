@@ -44,7 +44,7 @@ int main(int argc, char **argv)
 
     (void)argv;
     if (argc > 1) {
-        fputs(policy_reason(ask_policy(NULL, NULL)), stdout);
+        fputs(policy_reason(ask_policy(NULL, NULL, NULL)), stdout);
         return 0;
     }
     while (scanf("%ld %ld %ld", &path_length, &length, &piece) == 3 && getchar() == '\n') {

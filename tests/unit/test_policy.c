@@ -95,25 +95,25 @@ static void test_defaults(void)
     CHECK(strchr(policy_defaults, '#') == NULL);
 }
 
-/* As a kernel lays them out: the texts of argv, and above them, not far away, the name. */
+/* As a kernel lays them out: the texts of argv and envp, and above them, not far away, the name. */
 static size_t quick_name(const char *name, long distance, int place)
 {
     static char area[8 * 1024 * 1024];
-    char *texts = area + 4096, *argv[13], *copy = strcpy(texts + distance, name);
+    char *texts = area + 4096, *envp[] = {texts - 8, NULL}, *argv[13], *copy = strcpy(texts + distance, name);
 
     strcpy(area + 4096 - 8, "word");
     for (int i = 0; i < 13; i++)
         argv[i] = i == 12 ? NULL : i > 0 && i == place ? copy : area + 4096 - 8;
-    return policy_quick_name(copy, argv);
+    return policy_quick_name(copy, argv, envp);
 }
 
 static void test_quick_name(void)
 {
     char link[] = "/tmp/ksm-preload-link-XXXXXX", name[] = "/bin/true", *none[] = {NULL};
 
-    CHECK(policy_quick_name(NULL, none) == 0);
-    CHECK(policy_quick_name(name, NULL) == 0);
-    CHECK(policy_quick_name(name, none) == 0);
+    CHECK(policy_quick_name(NULL, none, none) == 0);
+    CHECK(policy_quick_name(name, NULL, none) == 0);
+    CHECK(policy_quick_name(name, none, none) == 0);
     CHECK(quick_name(name, 100, 0) == sizeof name - 1);
     CHECK(quick_name("bin/true", 100, 0) == 0);
     for (int i = 1; i <= 10; i++)
@@ -121,7 +121,7 @@ static void test_quick_name(void)
     CHECK(quick_name(name, 100, 11) == sizeof name - 1);
     CHECK(quick_name(name, 5 * 1024 * 1024, 0) == sizeof name - 1);
     CHECK(quick_name(name, 7 * 1024 * 1024, 0) == 0);
-    CHECK(quick_name(name, -100, 0) == 0); /* below argv */
+    CHECK(quick_name(name, -100, 0) == 0); /* below them */
 
     close(mkstemp(link));
     CHECK(quick_name(link, 100, 0) == sizeof link - 1);
