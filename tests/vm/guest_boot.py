@@ -400,6 +400,8 @@ DO: tuple[Callable[[], None], ...] = (
 def main() -> None:
     """Do what the command line says, report, and switch the machine off."""
     known = {one.__name__: one for one in DO}
+    # As the gettys are left out, from which people log in otherwise: what they start would inherit it.
+    process.clear_merge_flag()
     wanted = word("ksm_test.do").split(",")
     result = 0
     try:
