@@ -400,7 +400,7 @@ DO: tuple[Callable[[], None], ...] = (
 def main() -> None:
     """Do what the command line says, report, and switch the machine off."""
     known = {one.__name__: one for one in DO}
-    # As the gettys are left out, from which people log in otherwise: what they start would inherit it.
+    # People log in by a getty, which is left out: login would inherit what this service has.
     process.clear_merge_flag()
     wanted = word("ksm_test.do").split(",")
     result = 0
