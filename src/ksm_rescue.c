@@ -232,17 +232,17 @@ static void unlock(int etc)
 
 /*
  * The new file is the lock as well: only root can open it, while anybody could hold one on the folder for ever.
- * What a killed run left behind is not locked, and goes.
+ * What a killed run left behind is not locked, and goes; so does what others put there: a link to a file of theirs.
  */
 static void lock(int etc)
 {
     struct seconds tenth = {0, 100 * 1000 * 1000};
 
-    for (int tenths = 0; tenths < LOCK_SECONDS * 10;) {
+    for (int tenths = 0; tenths < LOCK_SECONDS * 10; tenths++) {
         file_status opened, named;
         long error;
 
-        new_file = call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+        new_file = call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
         if (new_file < 0)
             return;
         error = call(flock, new_file, LOCK_EX_NB);
@@ -250,14 +250,13 @@ static void lock(int etc)
             error = call(file_status, new_file, &opened);
         if (error == -EAGAIN || error == -EINTR) {
             call(nanosleep, &tenth);
-            tenths++;
         } else if (error < 0) { /* no locks here, so it is nobody's */
             unlock(etc);
             new_file = error;
             return;
         } else if (call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
                    opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) {
-            if (opened.st_size == 0)
+            if (opened.st_size == 0 && opened.st_nlink == 1)
                 return;
             call(unlinkat, etc, NEW_NAME, 0);
         } /* else who had it has renamed it meanwhile, and it is not ours to write to */
@@ -271,6 +270,7 @@ static unsigned mode_of(const struct file *file)
     return file->exists ? file->status.st_mode & 0777 : 0644;
 }
 
+/* Says nothing while the file is open: where stdout was closed, it may be that. */
 static long write_new(const char *text, size_t size, const struct file *old, unsigned mode)
 {
     long error = put((int)new_file, text, size);
@@ -492,10 +492,10 @@ static int edit(int etc, const struct request *request)
     }
     say(1, request->entry == NULL ? "/etc/" FILE_NAME ": entry of ksm-preload removed\n"
                                   : "/etc/" FILE_NAME ": entry of ksm-preload added\n");
-    if (!request->confirm)
-        return DONE;
-    unlock(etc); /* nobody has to wait for the answer */
-    return is_confirmed() ? DONE : take_back(etc, size, backed_up ? backup : NULL);
+    /* The lock went with the rename: nobody has to wait for the answer. */
+    if (request->confirm && !is_confirmed())
+        return take_back(etc, size, backed_up ? backup : NULL);
+    return DONE;
 }
 
 static int run(const struct request *request)
@@ -511,11 +511,6 @@ static int run(const struct request *request)
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
         all[i] = ~0UL;
     call(rt_sigprocmask, 2, all, 0, 8);
-    /* Where some of the first three are closed, no file of ours becomes stdout. */
-    do
-        error = call(openat, AT_FDCWD, "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    while (error >= 0 && error <= 2);
-    call(close, error);
     now.open = then.open = -1;
     if (request->root != NULL) {
         root = call(openat, AT_FDCWD, request->root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);

@@ -409,6 +409,7 @@ static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy
     enum { RECORD_LENGTH = 16, NAME = 19 };
     _Alignas(8) char entries[1024];
     char names[2][POLICY_LONGEST_NAME + 1];
+    unsigned short record;
     unsigned last = 0, pieces = 0;
     bool all = false; /* of the folder is in `entries`: it need not be read again */
     enum policy_source source;
@@ -428,10 +429,11 @@ static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy
                     break;
                 length = got;
             }
-            for (long at = 0; at < length; at += *(unsigned short *)(entries + at + RECORD_LENGTH)) {
+            for (long at = 0; at < length; at += record) {
                 const char *name = entries + at + NAME;
                 size_t size = policy_drop_in(name);
 
+                __builtin_memcpy(&record, entries + at + RECORD_LENGTH, sizeof record);
                 if (size == 0 || policy_compare(name, names[last]) <= 0 ||
                     (next[0] != '\0' && policy_compare(name, next) >= 0))
                     continue;
@@ -488,14 +490,16 @@ static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path,
  *
  * AT_EXECFN is what exec was called with.  Its base name is that of /proc/self/exe, unless it is a symlink, or a
  * script (or what binfmt_misc knows): then exec put it behind the interpreter into argv (fs/binfmt_script.c), five
- * times at most, each time with up to one argument.
+ * times at most, each time with up to one argument.  Both lie in one area of 6 MB at most (fs/exec.c,
+ * bprm_set_stack_limits), unless argv is not from that exec: valgrind's programs have a stack of their own.
  */
 static inline size_t policy_quick_name(const char *name, char **argv)
 {
     size_t length = 0;
     char byte;
 
-    if (name == NULL || argv == NULL || name[0] != '/' || argv[0] == NULL)
+    if (name == NULL || argv == NULL || argv[0] == NULL ||
+        (uintptr_t)name - (uintptr_t)argv[0] > 6 * 1024 * 1024 || name[0] != '/')
         return 0;
     for (int i = 1; i <= 10 && argv[i] != NULL; i++)
         if (policy_compare(argv[i], name) == 0)

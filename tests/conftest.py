@@ -295,9 +295,11 @@ def reason_against_ksm() -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def _ksm_marker(request: pytest.FixtureRequest, reason_against_ksm: str | None) -> None:
+def _markers(request: pytest.FixtureRequest, reason_against_ksm: str | None) -> None:
     if request.node.get_closest_marker("ksm") is not None:
         need(reason_against_ksm is None, reason_against_ksm or "")
+    if request.node.get_closest_marker("root") is not None:
+        need(os.geteuid() == 0, "needs root")
 
 
 class Rescue:

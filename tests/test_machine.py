@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Tree, need, run, wait_until
+from conftest import Tree, run, wait_until
 from ksmtool import cli, consent, ldpreload, machine, rehearsal, report, systemd
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.wrap import Kernel
@@ -193,10 +193,10 @@ def crash(public: Path) -> Path:
     return library
 
 
+@pytest.mark.root
 def test_a_rehearsal_sees_what_a_file_would_do_and_changes_nothing(
     public: Path, public_tree: Tree
 ) -> None:
-    need(os.geteuid() == 0, "needs root")
     before = (Path("/etc/ld.so.preload").exists(), Path("/proc/self/mountinfo").read_text())
     programs = rehearsal.checks(ldpreload.architectures())
     plain = rehearsal.run(programs)
@@ -220,8 +220,8 @@ def test_a_rehearsal_sees_what_a_file_would_do_and_changes_nothing(
     assert (Path("/etc/ld.so.preload").exists(), Path("/proc/self/mountinfo").read_text()) == before
 
 
+@pytest.mark.root
 def test_a_rehearsal_that_is_not_allowed_says_so() -> None:
-    need(os.geteuid() == 0, "needs root")
     code = "from ksmtool import rehearsal; rehearsal.under(b'', [])"
     without = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
     done = run([*without, sys.executable, "-c", code])
@@ -400,8 +400,8 @@ def test_consent_is_five_lines_that_fit_a_terminal() -> None:
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.root
 def test_people_are_counted_not_services(tmp_path: Path) -> None:
-    need(os.geteuid() == 0, "needs root")
     for pid, user in ((1, 0), (2, 33), (3, 1000), (4, 1000), (5, 1001), (6, 65534)):
         process(tmp_path, pid, b"x\0")
         os.chown(tmp_path / "proc" / str(pid), user, user)
@@ -419,23 +419,23 @@ def test_only_root_may(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised.value.status == ExitStatus.NEEDS_ROOT
 
 
+@pytest.mark.root
 def test_enabling_from_a_venv_is_refused_and_changes_nothing(tree: Tree) -> None:
-    need(os.geteuid() == 0, "needs root")
     done = run([tree.ksmtool, "global-enable", "--method", "ld.so.preload", "--yes"])
     assert done.returncode == ExitStatus.UNSUPPORTED
     assert "not in the system's library folder" in done.stderr
     assert not Path("/etc/ld.so.preload").exists()
 
 
+@pytest.mark.root
 def test_logins_are_systemds(tree: Tree) -> None:
-    need(os.geteuid() == 0, "needs root")
     done = run([tree.ksmtool, "global-enable", "--method", "ld.so.preload", "--logins"])
     assert done.returncode == ExitStatus.USAGE
     assert "--logins is about the method systemd" in done.stderr
 
 
+@pytest.mark.root
 def test_nothing_to_disable(tree: Tree) -> None:
-    need(os.geteuid() == 0, "needs root")
     done = run([tree.ksmtool, "global-disable"])
     assert done.returncode == 0
     assert done.stdout.startswith("Nothing of ours was enabled.\n")

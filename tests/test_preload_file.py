@@ -293,7 +293,7 @@ def test_others_are_read_as_before(editor: Rescue, old: bytes) -> None:
 
 # --- what hangs on a file ---
 
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+root_only = pytest.mark.root
 SHARED = b"/a.so\n" + E + b"\n"
 
 

@@ -324,10 +324,8 @@ def _trusted(path: str, problems: list[Problem], is_kind: Callable[[int], bool])
         return None
     everybody = 0o005 if directory else 0o004
     if found.st_mode & everybody != everybody:
-        message = (
-            f"Programs of other users cannot read it (mode {stat.S_IMODE(found.st_mode):04o})."
-        )
-        problems.append(Problem(path, 0, message))
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        problems.append(Problem(path, 0, f"Other users' programs cannot read it (mode {mode})."))
     return file
 
 
