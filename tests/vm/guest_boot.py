@@ -400,6 +400,8 @@ DO: tuple[Callable[[], None], ...] = (
 def main() -> None:
     """Do what the command line says, report, and switch the machine off."""
     known = {one.__name__: one for one in DO}
+    # People log in by a getty, which is left out: login would inherit what this service has.
+    process.clear_merge_flag()
     wanted = word("ksm_test.do").split(",")
     result = 0
     try:
