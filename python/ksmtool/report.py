@@ -203,9 +203,11 @@ def status_lines(status: Status) -> list[str]:
     if status.entry is None:
         lines.append("ld.so.preload: no entry of ksm-preload")
     else:
-        really = (
-            "programs that start now load it" if status.loaded else "but programs do NOT load it"
-        )
+        really = {
+            True: "programs that start now load it",
+            False: "but programs do NOT load it",
+            None: "whether programs load it could not be seen",
+        }[status.loaded]
         lines.append(f"ld.so.preload: {status.entry}, {really}")
     if status.complaint:
         lines.append(f"problem:       the loader says: {status.complaint}")
@@ -218,7 +220,10 @@ def status_lines(status: Status) -> list[str]:
         else "systemd:       no drop-in of ksm-preload"
     )
     if status.killed:
-        lines.append("kill switch:   /run/ksm-preload.disabled is there: the libraries do nothing")
+        lines.append(
+            "kill switch:   /run/ksm-preload.disabled is there: the libraries leave every program "
+            "out; systemd does not look at it"
+        )
     seen = status.processes
     share = 100 * seen.opted_in / max(seen.total, 1)
     lines.append(f"processes:     {seen.opted_in} of {seen.total} opted in ({share:.0f} %)")
