@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,15 @@ COMPILERS = {
 }
 
 VICTIM_OPTIONS = ("-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
+
+
+def pytest_configure() -> None:
+    """Let SIGTERM, timeout(1)'s too, end the run in good order: KSM's settings are put back."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def need(condition: object, reason: str) -> None:
