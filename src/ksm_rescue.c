@@ -478,7 +478,7 @@ static int edit(int etc, const struct request *request)
     /* To delete it takes no space; and where there is none, nobody else has a new file either. */
     if (new_file < 0 && (size > 0 || (new_file != -ENOSPC && new_file != -EDQUOT)))
         return fail("Cannot write /etc/" FILE_NAME, new_file);
-    if (others > 0) {
+    if (request->entry != NULL && others > 0) {
         error = back_up(etc, backup);
         if (error < 0 && error != -EEXIST)
             return fail("Cannot keep a copy of /etc/" FILE_NAME, error);
