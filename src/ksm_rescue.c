@@ -221,41 +221,65 @@ static long copy_attributes(int from, int to)
 /* The file of NEW_NAME, empty and locked by us, or why there is none. */
 static long new_file = -ENOENT;
 
+/* Whether NEW_NAME is our new file: 0, or 1 if it is another's, or -errno. */
+static long check_name(int etc)
+{
+    file_status opened, named;
+    long error = call(file_status, new_file, &opened);
+
+    if (error == 0)
+        error = call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW);
+    return error < 0 ? error : opened.st_ino != named.st_ino || opened.st_dev != named.st_dev;
+}
+
 static void unlock(int etc)
 {
     if (new_file >= 0) {
-        call(unlinkat, etc, NEW_NAME, 0);
+        if (check_name(etc) <= 0)
+            call(unlinkat, etc, NEW_NAME, 0);
         call(close, new_file);
     }
     new_file = -ENOENT;
 }
 
 /*
- * The new file is the lock as well: only root can open it, while anybody could hold one on the folder for ever.
+ * The new file is the lock as well: only root can open it while it is written, anybody could hold one on the folder
+ * for ever.
  * What a killed run left behind is not locked, and goes; so does what others put there: a link to a file of theirs.
  */
 static void lock(int etc)
 {
     struct seconds tenth = {0, 100 * 1000 * 1000};
+    bool broken = false;
 
-    for (int tenths = 0; tenths < LOCK_SECONDS * 10; tenths++) {
-        file_status opened, named;
-        long error;
+    for (int tenths = LOCK_SECONDS * 10; tenths > 0; tenths--) {
+        file_status opened;
+        long error, status;
 
         new_file = call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
         if (new_file < 0)
             return;
         error = call(flock, new_file, LOCK_EX_NB);
+        status = call(file_status, new_file, &opened);
         if (error == 0)
-            error = call(file_status, new_file, &opened);
+            error = status;
         if (error == -EAGAIN || error == -EINTR) {
             call(nanosleep, &tenth);
+            /*
+             * An editor's file has such a mode for a moment before the rename; what was killed then, any user
+             * can open and hold for ever.  An editor that is only slow sees that its file has lost its name.
+             */
+            if (tenths == 1 && !broken && status == 0 && (opened.st_mode & 077)) {
+                if (check_name(etc) == 0)
+                    call(unlinkat, etc, NEW_NAME, 0);
+                broken = true;
+                tenths = LOCK_SECONDS * 10 + 1; /* another that waits may have been first */
+            }
         } else if (error < 0) { /* no locks here, so it is nobody's */
             unlock(etc);
             new_file = error;
             return;
-        } else if (call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
-                   opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) {
+        } else if (check_name(etc) == 0) {
             if (opened.st_size == 0 && opened.st_nlink == 1)
                 return;
             call(unlinkat, etc, NEW_NAME, 0);
@@ -321,6 +345,8 @@ static long replace(int etc, const char *text, size_t size, const struct file *o
         error = call(unlinkat, etc, FILE_NAME, 0);
     } else {
         error = write_new(text, size, old, mode);
+        if (error == 0 && check_name(etc) > 0)
+            error = -EAGAIN;
         if (error == 0)
             error = call(renameat, etc, NEW_NAME, etc, FILE_NAME);
         if (error == 0) {
@@ -478,7 +504,7 @@ static int edit(int etc, const struct request *request)
     /* To delete it takes no space; and where there is none, nobody else has a new file either. */
     if (new_file < 0 && (size > 0 || (new_file != -ENOSPC && new_file != -EDQUOT)))
         return fail("Cannot write /etc/" FILE_NAME, new_file);
-    if (others > 0) {
+    if (request->entry != NULL && others > 0) {
         error = back_up(etc, backup);
         if (error < 0 && error != -EEXIST)
             return fail("Cannot keep a copy of /etc/" FILE_NAME, error);

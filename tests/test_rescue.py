@@ -203,6 +203,67 @@ def test_other_users_cannot_lock_it(tree: Tree, public: Path) -> None:
     holder.communicate()
 
 
+NO_SLEEP = ("-e", "inject=nanosleep:retval=0")
+"""The 10 seconds are over at once."""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["--shared", "--exclusive"])
+def test_other_users_cannot_keep_what_a_killed_run_left_behind(
+    tree: Tree, public: Path, kind: str
+) -> None:
+    """It may have got its last mode already."""
+    editor = Rescue(tree.rescue, public / "left" / kind)
+    strace = [need_command("strace"), "-qq", "-o", str(editor.root / "log")]
+    editor.write(b"/a.so\n")
+    killed = [*strace, "-e", "inject=renameat:signal=KILL:when=1", *editor.command("--add", E)]
+    assert subprocess.run(killed, check=False).returncode in {-signal.SIGKILL, 137}
+    new = editor.etc / NEW_NAME
+    assert new.stat().st_mode & 0o777 == 0o644
+    hold = [need_command("flock"), kind, str(new), "sh", "-c", "echo has it; cat"]
+    holder = subprocess.Popen([*AS_NOBODY, *hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"has it\n"
+    next_one = [*strace, *NO_SLEEP, *editor.command("--add", E)]
+    done = subprocess.run(next_one, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert editor.read() == b"/a.so\n" + E + b"\n"
+    assert editor.left() == []
+    assert holder.poll() is None
+    holder.communicate()
+
+
+@pytest.mark.parametrize("added", [MADVISE, None], ids=["add", "take out"])
+def test_an_editor_that_is_slow_writes_no_more_when_others_went_on(
+    rescue: Rescue, added: bytes | None
+) -> None:
+    """Its last fsync took longer than others wait."""
+    log, new = rescue.root / "log", rescue.etc / NEW_NAME
+    strace = [need_command("strace"), "-qq", "-o"]
+    rescue.write(E + b"\n/a.so\n")
+    delay = ["-e", "inject=fsync:delay_exit=2000000:when=1"]
+    slow = subprocess.Popen(
+        [*strace, str(log), *delay, *rescue.command()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    wait_until(lambda: new.exists() and new.stat().st_mode & 0o777 == 0o644, 10, "it has its mode")
+    edit = ("--add", added) if added else ()
+    other = [*strace, str(rescue.root / "other"), *NO_SLEEP, *rescue.command(*edit)]
+    assert subprocess.run(other, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    content = rescue.read()
+    assert content == b"/a.so\n" + (added + b"\n" if added else b"")
+    assert slow.poll() is None
+    with locked(new):  # a third one, whose file has the name now
+        said = slow.communicate(timeout=20)[1]
+        assert new.exists()
+    new.unlink()
+    assert slow.returncode == 1
+    assert rescue.SAYS.fullmatch(said)
+    assert rescue.read() == content
+    assert rescue.left() == []
+
+
 # --- --confirm ---
 
 
