@@ -12,8 +12,8 @@
  *
  * Files: policy.d/(name).conf in the byte order of their names, then `policy`, or where there is none
  * the defaults (data/policy) that are compiled in.  A file or folder that somebody else than root
- * could have written, or that cannot be opened, is as good as not there.  Where it cannot be known
- * what root wants (no name of the program, a failing read) the program is left out.
+ * could have written is as good as not there.  Where it cannot be known what root wants (no name
+ * of the program, a file that it may not read, a failing read) the program is left out.
  *
  * Freestanding, like rawsys.h.  The upper half makes no system call: tests/fuzz.
  */
@@ -342,13 +342,13 @@ enum policy_answer {
 enum policy_source { POLICY_SOURCE_READ, POLICY_SOURCE_ABSENT, POLICY_SOURCE_FAILED };
 
 /*
- * What open(2) says where there is nothing that could be trusted.  Not ENOMEM, EMFILE, EINTR and
- * such: there may well be a file then, and what is in it counts.
+ * What open(2) says where there is nothing that could be trusted.  Not EACCES and EPERM (mode 0600,
+ * AppArmor), ENOMEM, EMFILE and such: there may well be a file then, and what is in it counts.
  */
 static inline bool policy_is_absent(long error)
 {
-    return error == -ENOENT || error == -ENOTDIR || error == -EACCES || error == -EPERM ||
-           error == -ELOOP || error == -ENXIO || error == -ENODEV;
+    return error == -ENOENT || error == -ENOTDIR || error == -ELOOP || error == -ENXIO ||
+           error == -ENODEV;
 }
 
 /* A descriptor, or -1 with `source` saying which of the two it is. */

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from conftest import (
     need_command,
     run,
 )
-from ksmtool import policy
+from ksmtool import policy, program
 from policy_cases import ALLOW, CASES, DENY, Case
 
 
@@ -163,32 +164,36 @@ def words(text: str) -> list[str]:
 
 
 LEFT_OUT = words("""
-    su sudo sudo-rs doas pkexec polkitd polkit-agent-helper-1 login sulogin agetty passwd
-    unix_chkpwd systemd systemd-logind sssd sssd_nss krb5kdc kinit smbd gdm-session-worker
-    sddm-greeter lightdm swaylock cron crond ssh sshd sshd-session sshd-auth ssh-agent ssh-add
-    ssh-keygen scp sftp gpg gpg-agent scdaemon pinentry-gtk-2 openssl age step step-ca vault
-    bao stunnel4 wg openvpn charon tailscaled wpa_supplicant NetworkManager cryptsetup pcscd
-    keyctl softhsm2-util gnome-keyring-daemon kwalletd5 kwalletd6 secret-tool keepassxc
-    keepassxc-cli bw rbw-agent op firefox firefox-esr chrome google-chrome-stable chromium
-    chromium-browser chromium-headless-shell brave opera vivaldi-bin thunderbird evolution
-    WebKitWebProcess QtWebEngineProcess signal-desktop qemu-system-x86_64 kvm libvirtd
-    VirtualBoxVM firecracker dockerd containerd-shim-runc-v2 runc crun podman conmon lxc-start
-    mariadbd mysqld gdb strace ltrace valgrind perf perf_6.1 ld.so ld-linux-x86-64.so.2
-    ld-linux.so.2 ld-linux-aarch64.so.1 ld-2.31.so ld-musl-x86_64.so.1 libc.so jackd pipewire
-    pipewire-pulse pulseaudio
+    su su-rs sudo sudo-rs sudo.ws doas pkexec polkitd polkit-agent-helper-1 login sulogin agetty
+    passwd unix_chkpwd systemd systemd-logind systemd-executor systemd-nspawn init runsvdir atd
+    sssd sssd_nss krb5kdc kinit smbd gdm-session-worker sddm-greeter lightdm greetd xdm
+    xrdp-sesman cockpit-session gnome-shell xfce4-screensaver fprintd swaylock slock vlock
+    physlock bwrap chroot nsenter unshare schroot incusd incus-agent crio k3s k3s-server kubelet
+    apptainer singularity flatpak flatpak-session-helper mariadbd-safe mysqld_safe cron crond ssh
+    sshd sshd-session sshd-auth ssh-agent ssh-add ssh-keygen scp sftp gpg gpg-agent scdaemon
+    pinentry-gtk-2 openssl age step step-ca vault bao stunnel4 wg openvpn charon tailscaled
+    wpa_supplicant NetworkManager cryptsetup pcscd keyctl softhsm2-util gnome-keyring-daemon
+    kwalletd5 kwalletd6 secret-tool keepassxc keepassxc-cli bw rbw-agent op firefox firefox-esr
+    chrome google-chrome-stable chromium chromium-browser chromium-headless-shell brave opera
+    vivaldi-bin thunderbird evolution WebKitWebProcess QtWebEngineProcess signal-desktop
+    qemu-system-x86_64 kvm libvirtd VirtualBoxVM firecracker dockerd containerd-shim-runc-v2 runc
+    crun podman conmon lxc-start mariadbd mysqld gdb strace ltrace valgrind perf perf_6.1 ld.so
+    ld-linux-x86-64.so.2 ld-linux.so.2 ld-linux-aarch64.so.1 ld-2.31.so ld-musl-x86_64.so.1
+    libc.so jackd pipewire pipewire-pulse pulseaudio
 """)
 # Which begin or end like one that is left out, and what most machines run.
 LET_IN = words("""
-    python3.11 node ruby3.1 perl php8.2 lua5.4 java bash dash sh zsh busybox redis-server
-    postgres nginx apache2 php-fpm8.2 httpd sqlite3 mysql mariadb mysqldump beam.smp erl guile
-    sbcl sum sudoku suspend login-time passwdqc page agenda stage agent opt openssl-tool opal
-    operator stepmania steam bwa bwidget wget wgetpaste pass passenger-core vaultier consult
-    sshfs sshguard gpgv gpgconf chromium-bsu chromedriver chromecast operapp electrum
-    firefoxpwa gdmap gdbm_dump gdbserver perfect perl5 performer kvmtool qemu virtiofsd lxcfs
-    lxpanel lxterminal podcast runcible dockerize crunch containers systemd-cat systemd-run
-    crontab cronolog kinite smbclient evolution2 thunderbolt vivaldiweb kwallet-query straceg
-    ltracer valgrind-listener jackd2 pulseaudio-dlna pipewireless libc.so.6 ld ld.bfd ld.gold
-    ldd ldconfig lldb libtool charonx
+    python3.11 node ruby3.1 perl php8.2 lua5.4 java bash dash sh zsh busybox redis-server postgres
+    nginx apache2 php-fpm8.2 httpd sqlite3 mysql mariadb mysqldump beam.smp erl guile sbcl sum
+    sudoku suspend login-time passwdqc page agenda stage agent opt openssl-tool opal operator
+    stepmania steam bwa bwidget wget wgetpaste pass passenger-core vaultier consult sshfs sshguard
+    gpgv gpgconf chromium-bsu chromedriver chromecast operapp electrum firefoxpwa gdmap gdbm_dump
+    gdbserver perfect perl5 performer kvmtool qemu virtiofsd lxcfs lxpanel lxterminal podcast
+    runcible dockerize crunch containers systemctl journalctl initdb init-d-script initctl runsv
+    xdmx atdtool gnome-shell-calendar-server greetings sudo.pl fakechroot unshared nsenter2
+    schrootd bwrapx criu kubectl slocker mysqld_multi incron crontab cronolog kinite smbclient
+    evolution2 thunderbolt vivaldiweb kwallet-query straceg ltracer valgrind-listener jackd2
+    pulseaudio-dlna pipewireless libc.so.6 ld ld.bfd ld.gold ldd ldconfig lldb libtool charonx
 """)
 
 
@@ -386,7 +391,9 @@ UNTRUSTED = {
     "a drop-in of somebody else's": (
         "policy.d/a.conf: Not read: it belongs to user 65534, not to root."
     ),
-    "a policy that only root may read": "policy: Other users' programs cannot read it (mode 0600).",
+    "a policy that only root may read": (
+        "policy: Other users' programs cannot read it (mode 0600), so they are left out."
+    ),
     "a policy": "",
     "no folder": "",
 }
@@ -407,8 +414,86 @@ def test_a_folder_of_somebody_elses_is_said(tmp_path: Path) -> None:
     folder.chmod(0o770)
     assert [str(problem) for problem in policy.load(tmp_path).problems] == [
         f"{folder}: Others than root may remove files from it.",
-        f"{folder}: Not every user may enter it: theirs see the defaults.",
+        f"{folder}: Not every user may enter it: other users' programs are left out.",
     ]
+
+
+@pytest.mark.parametrize("name", ["", "policy.d", "policy.d/a.conf", "policy"])
+def test_what_may_not_be_read_leaves_programs_out_in_python(name: str, tmp_path: Path) -> None:
+    need(os.geteuid() == 0, "needs root to make files that are trusted")
+    # Not below tmp_path, which other users may not enter.
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        files = {"policy.d/a.conf": "allow a\n", "policy": "allow *\n"}
+        make(Path(root), files, change(name, 0o700 if name in ("", "policy.d") else 0o600))
+        os.seteuid(65534)
+        try:
+            found = policy.load(root)
+        finally:
+            os.seteuid(0)
+        assert not found.verdict("/bin/b").allowed
+        assert found.verdict("/bin/a").allowed is (name == "policy")
+        assert found.unreadable.startswith(f"{root}/etc/ksm-preload/{name}")
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("deny a # why", "A comment is a line of its own: here the # is part of the pattern."),
+        ("allow a\t# why", "A comment is a line of its own: here the # is part of the pattern."),
+        ("deny a#b", ""),
+        ('deny "a b"', "The quote is part of the pattern: a name with blanks needs none."),
+        ("deny 'a'", "The quote is part of the pattern: a name with blanks needs none."),
+        ("deny it's", ""),
+        ("deny {root}/link/x", "{none} {root}/real/x."),
+        ("deny {root}/real/../real/x", "{none} {root}/real/x."),
+        ("deny {root}/link", "{none} {root}/real."),
+        ("deny {root}/link/*", ""),
+        ("deny {root}/real/x", ""),
+        ("deny {root}/no/x", ""),
+        ("deny link/x", ""),
+        ("default deny", ""),
+    ],
+)
+def test_likely_mistakes_are_said(rule: str, said: str, tmp_path: Path) -> None:
+    need(os.geteuid() == 0, "needs root to make files that are trusted")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    words = {"root": tmp_path, "none": "It can match no program: without symlinks this path is"}
+    folder = make(tmp_path, {"policy.d/a.conf": "\n" + rule.format(**words)})
+    found = policy.load(tmp_path)
+    assert found.problems == []
+    expected = [f"{folder}/policy.d/a.conf:2: {said.format(**words)}"] if said else []
+    assert [str(problem) for problem in policy.doubts(found)] == expected
+
+
+def test_what_is_no_drop_in_by_its_name_is_said(tmp_path: Path) -> None:
+    need(os.geteuid() == 0, "needs root to make files that are trusted")
+    names = ("b", "a.conf", "a.conf~", ".hidden", ".a.conf", "README", "a.conf.bak")
+    folder = make(tmp_path, {f"policy.d/{name}": "" for name in names})
+    assert [str(problem) for problem in policy.load(tmp_path).problems] == [
+        f"{folder}/policy.d/{name}: Not read: its name does not end in .conf."
+        for name in ("a.conf.bak", "b")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("static", True), ("static-pie", True), ("dynamic", False)]
+)
+def test_what_a_static_program_keeps_is_said(kind: str, said: bool, victims: Victims) -> None:
+    for text, expected in (("default deny", said), ("", False)):
+        source = policy.Source("file", policy.parse(text.encode())[0])
+        rules = policy.Policy((source,), (), "/switch", off=False)
+        outcome = policy.outcome(rules, str(victims("end", kind)), None)
+        assert outcome is not None
+        assert outcome.note == (policy.STATIC if expected else "")
+
+
+def test_the_loader_is_not_alone() -> None:
+    loader = Path("/lib64/ld-linux-x86-64.so.2")
+    need(loader.exists(), f"no {loader}")
+    found = program.inspect(str(loader))
+    assert (found.static, found.alone) == (True, False)
 
 
 def test_the_kill_switch_in_python(tmp_path: Path) -> None:

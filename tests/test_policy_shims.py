@@ -327,9 +327,12 @@ def test_each_call_fails(system: System, tree: Tree, victims: Victims, error: st
 
 
 @pytest.mark.ksm
-@pytest.mark.parametrize("error", ["ENOENT", "EACCES", "EPERM", "ELOOP"])
-def test_a_file_that_may_not_be_opened_is_as_good_as_not_there(
-    system: System, tree: Tree, victims: Victims, error: str
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [("ENOENT", OPTED_IN), ("ELOOP", OPTED_IN), ("EACCES", UNREADABLE), ("EPERM", UNREADABLE)],
+)
+def test_what_is_not_there_and_what_may_not_be_read(
+    system: System, tree: Tree, victims: Victims, error: str, said: str
 ) -> None:
     system.folder({"policy": "default deny\n"})
     log = system.root / "log"
@@ -339,7 +342,24 @@ def test_a_file_that_may_not_be_opened_is_as_good_as_not_there(
     for name, which, line in calls_of(log.read_text()):
         if name == "openat" and "policy.d" not in line:
             inject = f"inject=openat:error={error}:when={which}"
-            assert run([*system.inside(), *strace, "-e", inject, *ours]).stderr == OPTED_IN, line
+            assert run([*system.inside(), *strace, "-e", inject, *ours]).stderr == said, line
+
+
+@pytest.mark.ksm
+@pytest.mark.parametrize("name", ["", "policy.d", "policy.d/a.conf", "policy"])
+def test_another_users_program_that_may_not_read_the_policy_is_left_out(
+    system: System, shim: tuple[str, list[str]], victims: Victims, name: str
+) -> None:
+    files = {"policy.d/a.conf": "allow a\n", "policy": "allow *\n"}
+    folder = system.folder(files)
+    for above in (system.root / "etc", system.root / "run"):
+        above.chmod(0o755)
+    method, env = shim
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/env", *env]
+    command = [*system.inside(), *other, "KSM_PRELOAD_VERBOSE=1", victims("end"), "exit", "7"]
+    assert run(command).stderr == f"ksm_preload: opted in ({method})\n"
+    (folder / name).chmod(0o700 if (folder / name).is_dir() else 0o600)
+    assert run(command).stderr == UNREADABLE
 
 
 @pytest.mark.ksm
@@ -466,7 +486,7 @@ def test_policy_check_as_json(system: System, tree: Tree) -> None:
         {
             "program": "env", "executable": os.path.realpath(str(shutil.which("env"))),
             "verdict": "deny", "why": "/run/ksm-preload.disabled is there",
-            "file": None, "line": None, "rule": None,
+            "file": None, "line": None, "rule": None, "note": None,
         }
     ]  # fmt: skip
     assert document == {
@@ -485,6 +505,31 @@ def test_policy_check_as_json(system: System, tree: Tree) -> None:
             }
         ],
     }  # fmt: skip
+
+
+def test_policy_check_of_a_static_program_that_is_denied(
+    system: System, tree: Tree, victims: Victims
+) -> None:
+    system.folder({"policy": "default deny\n"})
+    end = victims("end", "static")
+    said = "static: it loads no library, so it keeps the flag of whoever starts it"
+    why = '"default deny" in /etc/ksm-preload/policy:1'
+    assert check(system, tree, end).stdout.splitlines()[-1] == (
+        f"{end}: left out, {why}; it is {end}, {said}"
+    )
+    [found] = json.loads(check(system, tree, "--json", end).stdout)["programs"]
+    assert (found["verdict"], found["note"]) == ("deny", said)
+
+
+def test_policy_check_finds_likely_mistakes(system: System, tree: Tree) -> None:
+    system.folder({"policy.d/a": "", "policy": "deny a # not b\n"})
+    done = check(system, tree)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[:2] == [
+        "/etc/ksm-preload/policy.d/a: Not read: its name does not end in .conf.",
+        "/etc/ksm-preload/policy:1: A comment is a line of its own: here the # is part of the"
+        " pattern.",
+    ]
 
 
 def test_policy_check_of_what_is_not_there(system: System, tree: Tree) -> None:

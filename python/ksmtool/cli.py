@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -419,12 +420,13 @@ def policy_check(as_json: bool, programs: tuple[str, ...]) -> None:
     """Say what policy is in force, what is wrong with it, and what becomes of each PROGRAM.
 
     A PROGRAM is a path, or a name to look up in PATH. The exit status is 1 if something in the
-    files is malformed, not trusted, or cannot be read.
+    files is malformed, not trusted, cannot be read, or looks like a mistake.
     """
     from ksmtool import policy as policies  # noqa: PLC0415
     from ksmtool import report  # noqa: PLC0415
 
     found = policies.load()
+    found = replace(found, problems=[*found.problems, *policies.doubts(found)])
     outcomes = [policies.outcome(found, name, os.environ.get("PATH")) for name in programs]
     missing = [name for name, outcome in zip(programs, outcomes) if outcome is None]
     if missing:

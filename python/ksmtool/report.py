@@ -247,7 +247,12 @@ def policy_as_json(policy: Policy, programs: Sequence[Outcome]) -> str:
         "unreadable": policy.unreadable or None,
         "problems": [asdict(problem) for problem in policy.problems],
         "programs": [
-            {"program": one.name, "executable": one.path, **_verdict(one.verdict)}
+            {
+                "program": one.name,
+                "executable": one.path,
+                **_verdict(one.verdict),
+                "note": one.note or None,
+            }
             for one in programs
         ],
     }
@@ -277,5 +282,6 @@ def policy_as_text(policy: Policy, programs: Sequence[Outcome]) -> str:
     lines.append(f"switch:   {policy.kill_switch} {state}")
     for one in programs:
         what = "opted in" if one.verdict.allowed else "left out"
-        lines.append(f"{one.name}: {what}, {one.verdict.why}; it is {one.path}")
+        note = f", {one.note}" if one.note else ""
+        lines.append(f"{one.name}: {what}, {one.verdict.why}; it is {one.path}{note}")
     return "\n".join(lines)
