@@ -302,6 +302,41 @@ def test_sensitive_units_are_left_out(units: Path) -> None:
     assert off(chosen) == {*expected, "user/agent.service.d"}
 
 
+# As systemctl 257 prints it, shortened.
+SHOWN = """\
+ExecStart={ path=/usr/sbin/sshd ; argv[]=/usr/sbin/sshd -D $OPTS ; ignore_errors=no ; pid=0 }
+ExecReload={ path=/bin/kill ; argv[]=/bin/kill -HUP $MAINPID ; ignore_errors=no ; pid=0 }
+Id=ssh.service
+FragmentPath=/no/such/file
+DropInPaths=
+
+ExecStart={ path=/opt/A B/web ; argv[]=/opt/A B/web --fast ; ignore_errors=no ; pid=0 }
+Id=web@ksm.service
+
+ExecStart={ path=/bin/true ; argv[]=/bin/true ; ignore_errors=no ; pid=0 }
+ExecStart={ path=/usr/bin/env ; argv[]=/usr/bin/env gpg-agent ; ignore_errors=no ; pid=0 }
+Id=two.service
+"""
+
+
+def test_what_systemd_says_of_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def systemctl(*arguments: str) -> str:
+        asked.append(arguments)
+        listed = "ssh.service enabled\nweb@.service static\n"
+        return {"show": SHOWN, "list-units": "two.service loaded\n"}.get(arguments[0], listed)
+
+    monkeypatch.setattr(systemd, "_systemctl", systemctl)
+    monkeypatch.setattr(systemd, "runs", lambda: True)
+    chosen = systemd.wanted(denied, True, False)
+    assert off(chosen) == {f"system/{one}.service.d" for one in ("ssh", "two", "user@")}
+    assert asked[-1][2:] == ("--", "ssh.service", "two.service", "web@ksm.service")
+    monkeypatch.setattr(systemd, "_systemctl", lambda *_: "")
+    with pytest.raises(KsmtoolError, match="names no program"):
+        systemd.wanted(denied, True, False)
+
+
 def test_logins_are_left_out_unless_they_are_asked_for(units: Path) -> None:
     assert "system/user@.service.d" in off(systemd.wanted(denied, True, False, units))
 

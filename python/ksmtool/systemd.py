@@ -165,6 +165,10 @@ def _is_denied(words: Sequence[str], denied: Callable[[str], bool], root: Path) 
     return any(word.startswith("/") and denied(_real(word, root)) for word in rest)
 
 
+_EXEC = ("Condition", "Start", "StartPre", "StartPost", "Reload", "Stop", "StopPost")
+_ASKED = ("Id", "FragmentPath", "DropInPaths", *(f"Exec{kind}" for kind in _EXEC))
+
+
 def _asked() -> list[_Unit]:
     """Ask systemd, which knows all folders, generators, drop-ins, quotes and specifiers."""
     listed = _systemctl("list-unit-files", "--type=service", "--no-legend", "--plain")
@@ -172,7 +176,7 @@ def _asked() -> list[_Unit]:
     names = {line.split()[0] for line in (listed + loaded).splitlines() if line.strip()}
     # Of a template it knows nothing but with an instance.
     instances = sorted(name.replace("@.service", "@ksm.service") for name in names)
-    shown = _systemctl("show", "--property=Id,Exec*,FragmentPath,DropInPaths", "--", *instances)
+    shown = _systemctl("show", f"--property={','.join(_ASKED)}", "--", *instances)
     units: dict[str, _Unit] = {}
     for block in shown.split("\n\n"):
         values = dict(line.partition("=")[::2] for line in block.splitlines())
@@ -188,6 +192,9 @@ def _asked() -> list[_Unit]:
             texts = [_content(Path(file)) for file in files if file]
             commands += units[name].commands if name in units else ()
             units[name] = _Unit(name, commands, _own_setting(texts))
+    if not any(unit.commands for unit in units.values()):
+        # Else every service would be opted in, those with secrets too.
+        raise KsmtoolError("systemctl show names no program of any service.")
     return list(units.values())
 
 
