@@ -83,7 +83,7 @@ static void test_defaults(void)
 {
     static const char *const out[] = {"/usr/bin/sudo", "/usr/bin/ssh", "/usr/bin/ssh (deleted)",
                                       "/lib/x/ld-linux-x86-64.so.2", "/opt/x/Proton Pass",
-                                      "/usr/bin/perf_6.1"};
+                                      "/usr/bin/perf_6.1", "/usr/lib/systemd/systemd-executor"};
     static const char *const in[] = {"/usr/bin/python3.11", "/usr/bin/node", "/usr/bin/stepmania",
                                      "/usr/bin/auth", "/usr/bin/agetty2", "/usr/games/chromium-bsu"};
     size_t length = sizeof policy_defaults - 1;
@@ -132,6 +132,17 @@ static void test_quick_name(void)
     unlink(link);
 }
 
+static void test_what_is_not_there(void)
+{
+    static const int absent[] = {ENOENT, ENOTDIR, ELOOP, ENXIO, ENODEV};
+    static const int unknown[] = {EACCES, EPERM, ENOMEM, EMFILE, ENFILE, EINTR, EIO, ENOSYS};
+
+    for (size_t i = 0; i < sizeof absent / sizeof *absent; i++)
+        CHECK(policy_is_absent(-absent[i]));
+    for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++)
+        CHECK(!policy_is_absent(-unknown[i]));
+}
+
 static void test_reasons(void)
 {
     CHECK_TEXT(policy_reason(POLICY_LETS_IN), "");
@@ -147,6 +158,7 @@ int main(void)
     test_names();
     test_defaults();
     test_quick_name();
+    test_what_is_not_there();
     test_reasons();
     return check_status();
 }
