@@ -656,7 +656,7 @@ static COLD void follow_from_here(void)
     follow.glibc = follow.on && next_is_glibc();
 }
 
-__attribute__((constructor)) static void opt_in(void)
+__attribute__((constructor)) static void opt_in(int argc, char **argv, char **envp)
 {
     enum policy_answer answer = POLICY_LETS_IN;
     struct settings settings;
@@ -672,7 +672,8 @@ __attribute__((constructor)) static void opt_in(void)
     }
     settings = read_settings(environ);
     if (!settings.off)
-        answer = ask_policy(NULL, NULL);
+        answer = ask_policy((const char *)getauxval(AT_EXECFN),
+                            is_called_by_glibc(argc, argv, envp) ? argv : NULL, envp);
     left_out = settings.off || answer != POLICY_LETS_IN;
     if (left_out || settings.madvise)
         (void)set_flag(0);

@@ -64,12 +64,6 @@ static int is_privileged(const char **name)
     return privileged;
 }
 
-/* Without glibc the arguments are whatever the registers held: believed only if they fit. */
-static bool is_called_by_glibc(int argc, char **argv, char **envp)
-{
-    return argc >= 0 && argv != NULL && envp == argv + argc + 1;
-}
-
 static char *const *environment(int argc, char **argv, char **envp)
 {
     if (is_called_by_glibc(argc, argv, envp))
@@ -126,7 +120,7 @@ __attribute__((constructor)) static void opt_in(int argc, char **argv, char **en
         return;
     }
 
-    answer = ask_policy(name, is_called_by_glibc(argc, argv, envp) ? argv : NULL);
+    answer = ask_policy(name, is_called_by_glibc(argc, argv, envp) ? argv : NULL, envp);
     if (answer != POLICY_LETS_IN) {
         leave_out();
         if (settings.verbose)

@@ -221,51 +221,72 @@ static long copy_attributes(int from, int to)
 /* The file of NEW_NAME, empty and locked by us, or why there is none. */
 static long new_file = -ENOENT;
 
-/*
- * The new file is the lock as well: only root can open it, while anybody could hold one on the folder for ever.
- * What a killed run left behind is not locked, and goes.
- */
-static void lock(int etc)
+/* Whether NEW_NAME is our new file: 0, or 1 if it is another's, or -errno. */
+static long check_name(int etc)
 {
-    struct seconds tenth = {0, 100 * 1000 * 1000};
+    file_status opened, named;
+    long error = call(file_status, new_file, &opened);
 
-    for (int tenths = 0; tenths < LOCK_SECONDS * 10;) {
-        file_status opened, named;
-        long error;
-
-        new_file = call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
-        if (new_file < 0)
-            return;
-        error = call(flock, new_file, LOCK_EX_NB);
-        if (error == 0)
-            error = call(file_status, new_file, &opened);
-        if (error == 0) {
-            /* Whoever had it may have renamed it meanwhile; then it is not ours to write to. */
-            if (call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
-                opened.st_ino == named.st_ino && opened.st_dev == named.st_dev) {
-                if (opened.st_size == 0)
-                    return;
-                error = call(unlinkat, etc, NEW_NAME, 0);
-            }
-        } else if (error == -EAGAIN) {
-            call(nanosleep, &tenth);
-            tenths++;
-            error = 0;
-        }
-        call(close, new_file);
-        new_file = error < 0 ? error : -EAGAIN;
-        if (error < 0)
-            return;
-    }
+    if (error == 0)
+        error = call(named_status, etc, NEW_NAME, &named, AT_SYMLINK_NOFOLLOW);
+    return error < 0 ? error : opened.st_ino != named.st_ino || opened.st_dev != named.st_dev;
 }
 
 static void unlock(int etc)
 {
     if (new_file >= 0) {
-        call(unlinkat, etc, NEW_NAME, 0);
+        if (check_name(etc) <= 0)
+            call(unlinkat, etc, NEW_NAME, 0);
         call(close, new_file);
     }
     new_file = -ENOENT;
+}
+
+/*
+ * The new file is the lock as well: only root can open it while it is written, anybody could hold one on the folder
+ * for ever.
+ * What a killed run left behind is not locked, and goes; so does what others put there: a link to a file of theirs.
+ */
+static void lock(int etc)
+{
+    struct seconds tenth = {0, 100 * 1000 * 1000};
+    bool broken = false;
+
+    for (int tenths = LOCK_SECONDS * 10; tenths > 0; tenths--) {
+        file_status opened;
+        long error, status;
+
+        new_file = call(openat, etc, NEW_NAME, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
+        if (new_file < 0)
+            return;
+        error = call(flock, new_file, LOCK_EX_NB);
+        status = call(file_status, new_file, &opened);
+        if (error == 0)
+            error = status;
+        if (error == -EAGAIN || error == -EINTR) {
+            call(nanosleep, &tenth);
+            /*
+             * An editor's file has such a mode for a moment before the rename; what was killed then, any user
+             * can open and hold for ever.  An editor that is only slow sees that its file has lost its name.
+             */
+            if (tenths == 1 && !broken && status == 0 && (opened.st_mode & 077)) {
+                if (check_name(etc) == 0)
+                    call(unlinkat, etc, NEW_NAME, 0);
+                broken = true;
+                tenths = LOCK_SECONDS * 10 + 1; /* another that waits may have been first */
+            }
+        } else if (error < 0) { /* no locks here, so it is nobody's */
+            unlock(etc);
+            new_file = error;
+            return;
+        } else if (check_name(etc) == 0) {
+            if (opened.st_size == 0 && opened.st_nlink == 1)
+                return;
+            call(unlinkat, etc, NEW_NAME, 0);
+        } /* else who had it has renamed it meanwhile, and it is not ours to write to */
+        call(close, new_file);
+        new_file = -EAGAIN;
+    }
 }
 
 static unsigned mode_of(const struct file *file)
@@ -273,6 +294,7 @@ static unsigned mode_of(const struct file *file)
     return file->exists ? file->status.st_mode & 0777 : 0644;
 }
 
+/* Says nothing while the file is open: where stdout was closed, it may be that. */
 static long write_new(const char *text, size_t size, const struct file *old, unsigned mode)
 {
     long error = put((int)new_file, text, size);
@@ -323,6 +345,8 @@ static long replace(int etc, const char *text, size_t size, const struct file *o
         error = call(unlinkat, etc, FILE_NAME, 0);
     } else {
         error = write_new(text, size, old, mode);
+        if (error == 0 && check_name(etc) > 0)
+            error = -EAGAIN;
         if (error == 0)
             error = call(renameat, etc, NEW_NAME, etc, FILE_NAME);
         if (error == 0) {
@@ -332,7 +356,7 @@ static long replace(int etc, const char *text, size_t size, const struct file *o
     }
     /* Of what is done already there is nothing to take back. */
     if (error == 0 && call(fsync, etc) < 0)
-        say(2, "ksm-rescue: a loss of power now might bring the old /etc/" FILE_NAME " back.\n");
+        say(2, "ksm-rescue: A loss of power now might bring the old /etc/" FILE_NAME " back.\n");
     return error;
 }
 
@@ -477,9 +501,10 @@ static int edit(int etc, const struct request *request)
                                       : "/etc/" FILE_NAME " has no entry of ksm-preload\n");
         return DONE;
     }
-    if (new_file < 0)
+    /* To delete it takes no space; and where there is none, nobody else has a new file either. */
+    if (new_file < 0 && (size > 0 || (new_file != -ENOSPC && new_file != -EDQUOT)))
         return fail("Cannot write /etc/" FILE_NAME, new_file);
-    if (others > 0) {
+    if (request->entry != NULL && others > 0) {
         error = back_up(etc, backup);
         if (error < 0 && error != -EEXIST)
             return fail("Cannot keep a copy of /etc/" FILE_NAME, error);
@@ -493,10 +518,10 @@ static int edit(int etc, const struct request *request)
     }
     say(1, request->entry == NULL ? "/etc/" FILE_NAME ": entry of ksm-preload removed\n"
                                   : "/etc/" FILE_NAME ": entry of ksm-preload added\n");
-    if (!request->confirm)
-        return DONE;
-    unlock(etc); /* nobody has to wait for the answer */
-    return is_confirmed() ? DONE : take_back(etc, size, backed_up ? backup : NULL);
+    /* The lock went with the rename: nobody has to wait for the answer. */
+    if (request->confirm && !is_confirmed())
+        return take_back(etc, size, backed_up ? backup : NULL);
+    return DONE;
 }
 
 static int run(const struct request *request)
@@ -512,11 +537,6 @@ static int run(const struct request *request)
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
         all[i] = ~0UL;
     call(rt_sigprocmask, 2, all, 0, 8);
-    /* Where some of the first three are closed, no file of ours becomes stdout. */
-    do
-        error = call(openat, AT_FDCWD, "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    while (error >= 0 && error <= 2);
-    call(close, error);
     now.open = then.open = -1;
     if (request->root != NULL) {
         root = call(openat, AT_FDCWD, request->root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -530,7 +550,7 @@ static int run(const struct request *request)
         return fail("Cannot open the folder etc", etc);
     if (!request->list && !request->dry_run) {
         if (request->remount && request->root == NULL && call(faccessat, etc, ".", W_OK) == -EROFS &&
-            call(statfs, "/", &mounted) == 0) {
+            call(statfs, "/", &mounted) == 0 && (mounted.f_flags & MS_RDONLY)) {
             flags = (unsigned long)mounted.f_flags & MS_KEPT;
             remounted = call(mount, "", "/", 0, MS_REMOUNT | flags, 0) == 0;
         }

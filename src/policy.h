@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The policy: which programs are left out of KSM.  This is its only reader in C; python/ksmtool/policy.py
- * is the one in Python, and tests/policy_cases.py is the table that both are held to.
+ * The policy: which programs are left out of KSM.  The only reader of it in C; the one in Python is
+ * python/ksmtool/policy.py, and tests/policy_cases.py is the table that both are held to.
  *
- *   # a comment           deny PATTERN    allow PATTERN    default allow    default deny
+ *   # a comment      deny PATTERN      allow PATTERN      default allow      default deny
  *
  * A pattern with a `/` in it is matched against the whole path of the executable, one without against
  * its base name: `*` any bytes, also `/`; `?` one byte; `[abc]`, `[a-z]`, `[!abc]`.  The first rule
  * that matches decides, over all files in their order; where none does, the first `default`; else
  * the program is allowed.  What is malformed is skipped: no line can make a program fail.
  *
- * Files: policy.d/(name).conf in the byte order of the names, then `policy`, or where there is none the defaults
- * (data/policy) that are compiled in.  A file or folder that somebody else than root could have
- * written, or that cannot be opened, is as good as not there.  Where it cannot be known what root wants
- * (no /proc, a failing read) the program is left out.
+ * Files: policy.d/(name).conf in the byte order of their names, then `policy`, or where there is none
+ * the defaults (data/policy) that are compiled in.  A file or folder that somebody else than root
+ * could have written is as good as not there.  Where it cannot be known what root wants (no name
+ * of the program, a file that it may not read, a failing read) the program is left out.
  *
  * Freestanding, like rawsys.h.  The upper half makes no system call: tests/fuzz.
  */
@@ -37,7 +37,7 @@ enum policy_verdict { POLICY_UNDECIDED, POLICY_ALLOW, POLICY_DENY };
 struct policy {
     const char *path, *base; /* of the executable: whole or NULL, and from behind the last `/` */
     size_t path_length, base_length;
-    char first; /* of the path: if that is not known, `/` */
+    char first;                    /* of the path: if that is not known, `/` */
     bool wants_path;               /* a rule may match the whole path, which is not known */
     enum policy_verdict decided;   /* by the first rule that matched */
     enum policy_verdict otherwise; /* the first `default` */
@@ -50,7 +50,10 @@ static inline bool policy_is_blank(char c)
     return c == ' ' || c == '\t' || c == '\r';
 }
 
-/* Whether `c` is in the set that begins at `at`, behind its `[`; `at` is then moved behind its `]`. */
+/*
+ * Whether `c` is in the set that begins at `at`, behind its `[`; `at` is then moved behind its
+ * `]`.
+ */
 static inline bool policy_in_set(const char *pattern, size_t length, size_t *at, unsigned char c)
 {
     size_t i = *at;
@@ -74,8 +77,10 @@ static inline bool policy_in_set(const char *pattern, size_t length, size_t *at,
     return false; /* never closed: malformed, so nothing may match it */
 }
 
-/* Of the stars only the last one seen is ever tried again: what an earlier one could take instead, the
- * last one can take, too.  So this ends after pattern x text steps at most. */
+/*
+ * Of the stars only the last one seen is ever tried again: what an earlier one could take instead,
+ * the last one can take, too.  So this ends after pattern x text steps at most.
+ */
 static inline bool policy_matches(const char *pattern, size_t pattern_length, const char *text,
                                   size_t text_length)
 {
@@ -91,8 +96,9 @@ static inline bool policy_matches(const char *pattern, size_t pattern_length, co
         }
         if (p < pattern_length &&
             (pattern[p] == '?' ||
-             (pattern[p] == '[' ? policy_in_set(pattern, pattern_length, &next, (unsigned char)text[t])
-                                : pattern[p] == text[t]))) {
+             (pattern[p] == '['
+                  ? policy_in_set(pattern, pattern_length, &next, (unsigned char)text[t])
+                  : pattern[p] == text[t]))) {
             p = next;
             t++;
             continue;
@@ -127,7 +133,7 @@ static inline bool policy_take(const char **line, size_t *length, const char *wo
 
 static inline bool policy_is(const char *text, size_t length, const char *word)
 {
-    while (length > 0 && *text == *word) {
+    while (length > 0 && *word != '\0' && *text == *word) {
         text++;
         word++;
         length--;
@@ -188,17 +194,41 @@ static inline void policy_read_line(struct policy *policy, const char *line, siz
         policy->decided = verdict;
 }
 
-/* For nearly every line of a long list: a rule whose pattern begins with another byte than the names do. */
+/*
+ * For nearly every line of a long list: a comment, or a rule whose pattern begins with another
+ * byte than the names do.
+ */
 static inline bool policy_cannot_match(const struct policy *policy, const char *line, size_t length)
 {
-    return length > 5 && line[0] == 'd' && line[1] == 'e' && line[2] == 'n' && line[3] == 'y' &&
+    return (length > 0 && line[0] == '#') ||
+           (length > 5 && line[0] == 'd' && line[1] == 'e' && line[2] == 'n' && line[3] == 'y' &&
            line[4] == ' ' && line[5] != policy->base[0] && line[5] != policy->first &&
-           line[5] != '*' && line[5] != '?' && line[5] != '[' && !policy_is_blank(line[5]);
+           line[5] != '*' && line[5] != '?' && line[5] != '[' && !policy_is_blank(line[5]));
 }
 
 static inline bool policy_is_done(const struct policy *policy)
 {
     return policy->decided != POLICY_UNDECIDED || policy->wants_path;
+}
+
+/*
+ * Where the first newline is from `at` on, or `length`.  A word at a time: half of the reading's
+ * cost is here.
+ */
+static inline size_t policy_line_end(const char *text, size_t at, size_t length)
+{
+    const uintptr_t ones = UINTPTR_MAX / 0xff;
+    uintptr_t word;
+
+    for (; at + sizeof word <= length; at += sizeof word) {
+        __builtin_memcpy(&word, text + at, sizeof word); /* one load */
+        word ^= ones * '\n';
+        if (((word - ones) & ~word & (ones << 7)) != 0)
+            break; /* one of the bytes has become zero */
+    }
+    while (at < length && text[at] != '\n')
+        at++;
+    return at;
 }
 
 static inline void policy_keep(struct policy *policy, const char *text, size_t length)
@@ -215,8 +245,7 @@ static inline bool policy_read(struct policy *policy, const char *text, size_t l
     for (size_t at = 0; at < length && !policy_is_done(policy);) {
         size_t start = at;
 
-        while (at < length && text[at] != '\n')
-            at++;
+        at = policy_line_end(text, at, length);
         if (at == length || policy->kept > 0) {
             policy_keep(policy, text + start, at - start);
             if (at == length)
@@ -250,7 +279,10 @@ static inline void policy_read_defaults(struct policy *policy)
                     (size_t)(policy_defaults_from[first + 1] - policy_defaults_from[first]));
 }
 
-/* `path` is what /proc/self/exe says, not empty, and a NUL behind it; or if not `whole`, has at least its base name. */
+/*
+ * `path` is what /proc/self/exe says, not empty, and a NUL behind it; or if not `whole`, has at
+ * least its base name.
+ */
 static inline void policy_begin(struct policy *policy, const char *path, size_t length, bool whole)
 {
     static const char deleted[] = " (deleted)"; /* fs/d_path.c: since the start it was replaced */
@@ -273,7 +305,8 @@ static inline void policy_begin(struct policy *policy, const char *path, size_t 
 
 static inline bool policy_denies(const struct policy *policy)
 {
-    return (policy->decided != POLICY_UNDECIDED ? policy->decided : policy->otherwise) == POLICY_DENY;
+    return policy->decided == POLICY_DENY ||
+           (policy->decided == POLICY_UNDECIDED && policy->otherwise == POLICY_DENY);
 }
 
 /* ---- The files -------------------------------------------------------------------------------- */
@@ -309,13 +342,13 @@ enum policy_answer {
 enum policy_source { POLICY_SOURCE_READ, POLICY_SOURCE_ABSENT, POLICY_SOURCE_FAILED };
 
 /*
- * What open(2) says where there is nothing that could be trusted.  Not ENOMEM, EMFILE, EINTR and such: there may well be
- * a file then, and what is in it counts.
+ * What open(2) says where there is nothing that could be trusted.  Not EACCES and EPERM (mode 0600,
+ * AppArmor), ENOMEM, EMFILE and such: there may well be a file then, and what is in it counts.
  */
 static inline bool policy_is_absent(long error)
 {
-    return error == -ENOENT || error == -ENOTDIR || error == -EACCES || error == -EPERM ||
-           error == -ELOOP || error == -ENXIO || error == -ENODEV;
+    return error == -ENOENT || error == -ENOTDIR || error == -ELOOP || error == -ENXIO ||
+           error == -ENODEV;
 }
 
 /* A descriptor, or -1 with `source` saying which of the two it is. */
@@ -345,7 +378,7 @@ static POLICY_CALLED enum policy_source policy_read_file(struct policy *policy, 
                                                          const char *name)
 {
     enum policy_source source;
-    char text[1024];
+    char text[4096];
     long file = policy_open(folder, name, POLICY_FILE, &source), got;
 
     if (file < 0)
@@ -383,18 +416,20 @@ static inline size_t policy_drop_in(const char *name)
 }
 
 /*
- * The drop-ins in their order without a place to keep them all: each time the smallest name is taken that
- * is greater than the last.
+ * The drop-ins in their order without a place to keep them all: each time the smallest name is
+ * taken that is greater than the last.
  */
 static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy, long parent)
 {
-    /* struct linux_dirent64: inode and offset (8 bytes each), length of the record (2), type (1), name */
+    /* struct linux_dirent64: inode, offset (8 bytes each), length of the record (2), type (1), name */
     enum { RECORD_LENGTH = 16, NAME = 19 };
     _Alignas(8) char entries[1024];
     char names[2][POLICY_LONGEST_NAME + 1];
-    unsigned last = 0;
+    unsigned short record;
+    unsigned last = 0, pieces = 0;
+    bool all = false; /* of the folder is in `entries`: it need not be read again */
     enum policy_source source;
-    long folder = policy_open(parent, "policy.d", POLICY_DIRECTORY, &source), got;
+    long folder = policy_open(parent, "policy.d", POLICY_DIRECTORY, &source), got = 0, length = 0;
 
     if (folder < 0)
         return source;
@@ -403,28 +438,39 @@ static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy
         char *next = names[1 - last];
 
         next[0] = '\0';
-        while ((got = raw_syscall5(RAW_getdents64, folder, (long)entries, sizeof entries, 0, 0)) > 0) {
-            for (long at = 0; at < got; at += *(unsigned short *)(entries + at + RECORD_LENGTH)) {
+        for (;;) {
+            if (!all) {
+                got = raw_syscall5(RAW_getdents64, folder, (long)entries, sizeof entries, 0, 0);
+                if (got <= 0)
+                    break;
+                length = got;
+            }
+            for (long at = 0; at < length; at += record) {
                 const char *name = entries + at + NAME;
-                size_t length = policy_drop_in(name);
+                size_t size = policy_drop_in(name);
 
-                if (length == 0 || policy_compare(name, names[last]) <= 0 ||
+                __builtin_memcpy(&record, entries + at + RECORD_LENGTH, sizeof record);
+                if (size == 0 || policy_compare(name, names[last]) <= 0 ||
                     (next[0] != '\0' && policy_compare(name, next) >= 0))
                     continue;
-                for (size_t i = 0; i <= length; i++) {
+                for (size_t i = 0; i <= size; i++) {
                     next[i] = name[i];
                     __asm__ volatile("" ::: "memory"); /* not memcpy */
                 }
             }
+            if (all)
+                break;
+            pieces++;
         }
         if (got < 0) {
             source = POLICY_SOURCE_FAILED;
         } else if (next[0] == '\0') {
             break;
         } else {
+            all = pieces == 1;
             /* One that is not to be trusted, or gone since, is as good as not there. */
             if (policy_read_file(policy, folder, next) == POLICY_SOURCE_FAILED ||
-                raw_syscall5(RAW_lseek, folder, 0, 0, 0, 0) != 0)
+                (!all && raw_syscall5(RAW_lseek, folder, 0, 0, 0, 0) != 0))
                 source = POLICY_SOURCE_FAILED;
             last = 1 - last;
         }
@@ -434,7 +480,8 @@ static POLICY_CALLED enum policy_source policy_read_folder(struct policy *policy
 }
 
 /* POLICY_WANTS_PATH: only where `whole` is false. */
-static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path, size_t length, bool whole)
+static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path, size_t length,
+                                                  bool whole)
 {
     struct policy policy;
     enum policy_source source = POLICY_SOURCE_ABSENT;
@@ -455,19 +502,25 @@ static POLICY_CALLED enum policy_answer policy_of(long folder, const char *path,
 }
 
 /*
- * The program's base name without /proc, which would cost more than all else here: a process that looks at
- * /proc/self makes the kernel build and tear down its folder there, 0.6 x an empty library.
+ * The program's base name without /proc, which would cost more than all else here: for a process that
+ * looks at /proc/self the kernel makes its folder there and takes it down again, in the time of 0.75
+ * empty libraries.
  *
- * AT_EXECFN is what exec was called with.  Its base name is that of /proc/self/exe, unless it is a symlink, or a
- * script (or what binfmt_misc knows): then exec put it behind the interpreter into argv (fs/binfmt_script.c), five
- * times at most, each time with up to one argument.
+ * AT_EXECFN is what exec was called with.  Its base name is that of /proc/self/exe, unless it is a
+ * symlink, or a script (or what binfmt_misc knows): then exec put it behind the interpreter into argv
+ * (fs/binfmt_script.c), five times at most, each time with up to one argument.
+ *
+ * It lies above the environment's texts, which lie above argv's, 6 MB in all at most (fs/exec.c,
+ * bprm_set_stack_limits).  If not, it is not the kernel's: valgrind's programs have a stack of their
+ * own, and a loader called by hand puts one of its arguments there (glibc's elf/rtld.c).
  */
-static inline size_t policy_quick_name(const char *name, char **argv)
+static inline size_t policy_quick_name(const char *name, char **argv, char **envp)
 {
     size_t length = 0;
     char byte;
 
-    if (name == NULL || argv == NULL || name[0] != '/' || argv[0] == NULL)
+    if (name == NULL || argv == NULL || argv[0] == NULL || envp[0] == NULL ||
+        (uintptr_t)name - (uintptr_t)envp[0] > 6 * 1024 * 1024 || name[0] != '/')
         return 0;
     for (int i = 1; i <= 10 && argv[i] != NULL; i++)
         if (policy_compare(argv[i], name) == 0)
@@ -479,7 +532,10 @@ static inline size_t policy_quick_name(const char *name, char **argv)
     return length;
 }
 
-/* By the whole path.  A path of the buffer's length may be cut; longer ones the kernel has none (fs/d_path.c). */
+/*
+ * By the whole path.  A path of the buffer's length may be cut; longer ones the kernel has none
+ * (fs/d_path.c).
+ */
 static POLICY_CALLED enum policy_answer policy_of_path(long folder)
 {
     char path[POLICY_LONGEST_PATH];
@@ -493,10 +549,10 @@ static POLICY_CALLED enum policy_answer policy_of_path(long folder)
 }
 
 /*
- * For a program whose privileges are known to be ordinary ones.  `name` is its AT_EXECFN, `argv` what main() gets;
- * where one is not known, NULL.
+ * For a program whose privileges are known to be ordinary ones.  `name` is its AT_EXECFN, `argv`
+ * and `envp` what main() gets; where they are not known, NULL.
  */
-static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv)
+static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv, char **envp)
 {
     enum policy_answer answer = POLICY_WANTS_PATH;
     size_t length;
@@ -507,7 +563,7 @@ static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv
     folder = raw_syscall5(RAW_openat, POLICY_HERE, (long)POLICY_FOLDER, POLICY_OPEN_PATH, 0, 0);
     if (folder < 0 && !policy_is_absent(folder))
         return POLICY_UNREADABLE;
-    length = policy_quick_name(name, argv);
+    length = policy_quick_name(name, argv, envp);
     if (length > 0)
         answer = policy_of(folder, name, length, false);
     if (answer == POLICY_WANTS_PATH)
@@ -517,7 +573,10 @@ static POLICY_CALLED enum policy_answer ask_policy(const char *name, char **argv
     return answer;
 }
 
-/* For KSM_PRELOAD_VERBOSE=1; empty for who is let in.  No array of pointers: each would be a relocation. */
+/*
+ * For KSM_PRELOAD_VERBOSE=1; empty for who is let in.  No array of pointers: each would be a
+ * relocation.
+ */
 static inline const char *policy_reason(enum policy_answer answer)
 {
     return answer == POLICY_LEAVES_OUT    ? "ksm_preload: left out: the policy\n"

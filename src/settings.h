@@ -21,6 +21,13 @@ struct settings {
     bool verbose;
 };
 
+/* What main() gets, as a constructor sees it.  Without glibc, which passes it, the arguments are whatever the
+ * registers held: believed only if they fit. */
+static inline bool is_called_by_glibc(int argc, char **argv, char **envp)
+{
+    return argc >= 0 && argv != NULL && envp == argv + argc + 1;
+}
+
 static inline bool same_text(const char *a, const char *b)
 {
     while (*a != '\0' && *a == *b) {

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,15 @@ COMPILERS = {
 }
 
 VICTIM_OPTIONS = ("-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
+
+
+def pytest_configure() -> None:
+    """Let SIGTERM, timeout(1)'s too, end the run in good order: KSM's settings are put back."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def need(condition: object, reason: str) -> None:
@@ -240,6 +250,7 @@ class Victims:
         compiler = COMPILERS[kind][0]
         library = self._folder / f"libksm_preload_prctl-{kind}.so"
         if not library.exists():
+            need_command(compiler)
             # What the build uses (src/meson.build), as far as it changes the code.
             options = "-O2 -std=gnu11 -Wall -Wextra -Werror -ffreestanding -fvisibility=hidden"
             options += " -fno-stack-protector -shared -fPIC -nostdlib -Wl,-z,now -Wl,-z,norelro"
@@ -255,6 +266,18 @@ class Victims:
             assert made.returncode == 0, made.stderr
             header.write_text(made.stdout)
         return self._folder
+
+    def rescue(self, kind: str) -> Path:
+        """Return ksm-rescue built for another architecture."""
+        program = self._folder / f"ksm-rescue-{kind}"
+        if not program.exists():
+            # What the build uses (src/meson.build), as far as it changes the code.
+            options = "-O2 -std=gnu11 -Wall -Wextra -Werror -ffreestanding -fno-stack-protector"
+            options += " -nostdlib -static -no-pie -Wl,-z,noexecstack"
+            more = (SOURCE / name for name in ("start.c", "preload_file.c"))
+            command = [COMPILERS[kind][0], *options.split(), *map(str, more)]
+            self._compile(command, SOURCE / "ksm_rescue.c", program)
+        return program
 
     @staticmethod
     def _compile(command: Sequence[str], source: Path, output: Path) -> None:
@@ -282,9 +305,69 @@ def reason_against_ksm() -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def _ksm_marker(request: pytest.FixtureRequest, reason_against_ksm: str | None) -> None:
+def _markers(request: pytest.FixtureRequest, reason_against_ksm: str | None) -> None:
     if request.node.get_closest_marker("ksm") is not None:
         need(reason_against_ksm is None, reason_against_ksm or "")
+    if request.node.get_closest_marker("root") is not None:
+        need(os.geteuid() == 0, "needs root")
+
+
+class Rescue:
+    """ksm-rescue on an etc/ld.so.preload below a folder of its own."""
+
+    SAYS = re.compile(rb"ksm-rescue: [A-Z/][^\n]*[^.\n]\.\n")
+    """One sentence."""
+
+    def __init__(self, program: Path, root: Path, *runner: str) -> None:
+        """Work on `root`, with `runner` before the program: an emulator."""
+        self.program = program
+        self.runner = runner
+        self.root = root
+        self.etc = root / "etc"
+        self.file = self.etc / "ld.so.preload"
+        self.etc.mkdir(parents=True, exist_ok=True)
+
+    def command(self, *arguments: str | bytes) -> list[str | bytes]:
+        """Return the command line."""
+        return [*self.runner, str(self.program), "--root", str(self.root), *arguments]
+
+    def __call__(
+        self, *arguments: str | bytes, stdin: bytes = b""
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run it; return it when it has ended."""
+        return subprocess.run(
+            self.command(*arguments), input=stdin, capture_output=True, timeout=60, check=False
+        )
+
+    def write(self, content: bytes | None, mode: int = 0o644) -> None:
+        """Make the folder anew with the file that has this content, None for no file."""
+        for other in self.etc.iterdir():
+            other.unlink()
+        if content is not None:
+            self.file.write_bytes(content)
+            self.file.chmod(mode)
+
+    def read(self) -> bytes | None:
+        """Return the content, None if there is no file."""
+        try:
+            return self.file.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def backups(self) -> list[Path]:
+        """Return the copies of the file that were kept."""
+        return sorted(self.etc.glob("ld.so.preload.*"))
+
+    def left(self) -> list[str]:
+        """Return the names of all other files."""
+        known = {self.file, *self.backups()}
+        return [file.name for file in self.etc.iterdir() if file not in known]
+
+
+@pytest.fixture
+def rescue(tree: Tree, tmp_path: Path) -> Rescue:
+    """Return ksm-rescue for a root of its own."""
+    return Rescue(tree.rescue, tmp_path / "root")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Tree, need, run, wait_until
+from conftest import Tree, run, wait_until
 from ksmtool import cli, consent, ldpreload, machine, rehearsal, report, systemd
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.wrap import Kernel
@@ -42,6 +42,8 @@ def _installed_here(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("auto", FORGETFUL, None, [], "ld.so.preload", id="not-if-exec-loses-it"),
         pytest.param("auto", OLD, TOO_OLD, [], "ld.so.preload", id="bookworm"),
         pytest.param("auto", NEW, None, ["ld.so.preload"], "ld.so.preload", id="stays-as-it-is"),
+        pytest.param("auto", NEW, None, ["systemd"], "systemd", id="systemd-again"),
+        pytest.param("auto", NEW, TOO_OLD, ["systemd"], "ld.so.preload", id="systemd-went-back"),
         pytest.param("ld.so.preload", NEW, None, ["systemd"], "ld.so.preload", id="as-asked"),
         pytest.param("systemd", NEW, None, [], "systemd", id="systemd-as-asked"),
         pytest.param("systemd", NEW, TOO_OLD, [], None, id="cannot-by-an-old-systemd"),
@@ -193,10 +195,10 @@ def crash(public: Path) -> Path:
     return library
 
 
+@pytest.mark.root
 def test_a_rehearsal_sees_what_a_file_would_do_and_changes_nothing(
     public: Path, public_tree: Tree
 ) -> None:
-    need(os.geteuid() == 0, "needs root")
     before = (Path("/etc/ld.so.preload").exists(), Path("/proc/self/mountinfo").read_text())
     programs = rehearsal.checks(ldpreload.architectures())
     plain = rehearsal.run(programs)
@@ -220,8 +222,8 @@ def test_a_rehearsal_sees_what_a_file_would_do_and_changes_nothing(
     assert (Path("/etc/ld.so.preload").exists(), Path("/proc/self/mountinfo").read_text()) == before
 
 
+@pytest.mark.root
 def test_a_rehearsal_that_is_not_allowed_says_so() -> None:
-    need(os.geteuid() == 0, "needs root")
     code = "from ksmtool import rehearsal; rehearsal.under(b'', [])"
     without = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
     done = run([*without, sys.executable, "-c", code])
@@ -243,6 +245,22 @@ UNITS = {
     "usr/lib/systemd/system/user@.service": "[Service]\nExecStart=/lib/systemd/systemd --user\n",
     "usr/lib/systemd/user/agent.service": "[Service]\nExecStart=/usr/bin/gpg-agent --supervised\n",
     "usr/lib/systemd/system/linked.service": "[Service]\nExecStart=/usr/bin/link\n",
+    "usr/lib/systemd/system/drop-in.service": "[Service]\nExecStart=/usr/bin/web\n",
+    "etc/systemd/system/drop-in.service.d/x.conf": "[Service]\nExecStart=\nExecStart=/sbin/sshd\n",
+    "run/systemd/generator/made.service": "[Service]\nExecStart=/usr/sbin/sshd -i\n",
+    "usr/lib/systemd/system/blanks.service": "[Service]\n  ExecStart = /usr/sbin/sshd\n",
+    "usr/lib/systemd/system/quoted.service": '[Service]\nExecStart="/opt/A B/sshd" -D\n',
+    "usr/lib/systemd/system/second.service": "[Service]\nExecStart=/bin/true ; /usr/sbin/sshd\n",
+    "usr/lib/systemd/system/comment.service": "[Service]\nExecStart=-\\\n# no\n/usr/sbin/sshd\n",
+    "usr/lib/systemd/system/shell.service": "[Service]\nExecStart=/bin/sh -c 'exec sshd -D'\n",
+    "usr/lib/systemd/system/env.service": "[Service]\nExecStart=/usr/bin/env A=b sshd\n",
+    "usr/lib/systemd/system/reload.service": "[Service]\nExecReload=/usr/sbin/sshd -t\n",
+    "usr/lib/systemd/system/words.service": "[Service]\nExecStart=/usr/bin/web --for sshd\n",
+    "opt/far/away.service": "[Service]\nExecStart=/usr/sbin/sshd\n",
+    "usr/lib/systemd/system/says-no.service": "[Service]\nExecStart=/usr/bin/web\nMemoryKSM=no\n",
+    "usr/lib/systemd/system/told-no.service": "[Service]\nExecStart=/usr/bin/web\n",
+    "etc/systemd/system/told-no.service.d/10-admin.conf": "[Service]\nMemoryKSM=false\n",
+    "usr/lib/systemd/system/says-yes.service": "[Service]\nExecStart=/usr/sbin/sshd\nMemoryKSM=1\n",
 }
 DENIED = {"sshd", "agetty", "gpg-agent", "sudoedit", "systemd"}
 
@@ -264,6 +282,7 @@ def units(tmp_path: Path) -> Path:
     (programs / "link").symlink_to("../sbin/sshd")
     (tmp_path / "etc/systemd/system/sshd.service").symlink_to("/usr/lib/systemd/system/ssh.service")
     (tmp_path / "etc/systemd/system/two.service").symlink_to("/dev/null")
+    (tmp_path / "etc/systemd/system/here.service").symlink_to("/opt/far/away.service")
     return tmp_path
 
 
@@ -275,15 +294,47 @@ def off(drop_ins: list[systemd.DropIn]) -> set[str]:
 def test_sensitive_units_are_left_out(units: Path) -> None:
     chosen = systemd.wanted(denied, True, True, units)
     on = [one.path for one in chosen if one.on]
-    folders = ("service.d", "user@.service.d")
+    folders = ("service.d", "user@.service.d", "says-yes.service.d")
     assert on == [f"etc/systemd/system/{folder}/{systemd.NAME}" for folder in folders]
-    assert off(chosen) == {
-        "system/getty@.service.d",
-        "system/linked.service.d",
-        "system/named.service.d",
-        "system/ssh.service.d",
-        "user/agent.service.d",
-    }
+    names = "blanks comment drop-in env getty@ here linked made named quoted reload says-no second"
+    names += " shell ssh told-no"
+    expected = {f"system/{name}.service.d" for name in names.split()}
+    assert off(chosen) == {*expected, "user/agent.service.d"}
+
+
+# As systemctl 257 prints it, shortened.
+SHOWN = """\
+ExecStart={ path=/usr/sbin/sshd ; argv[]=/usr/sbin/sshd -D $OPTS ; ignore_errors=no ; pid=0 }
+ExecReload={ path=/bin/kill ; argv[]=/bin/kill -HUP $MAINPID ; ignore_errors=no ; pid=0 }
+Id=ssh.service
+FragmentPath=/no/such/file
+DropInPaths=
+
+ExecStart={ path=/opt/A B/web ; argv[]=/opt/A B/web --fast ; ignore_errors=no ; pid=0 }
+Id=web@ksm.service
+
+ExecStart={ path=/bin/true ; argv[]=/bin/true ; ignore_errors=no ; pid=0 }
+ExecStart={ path=/usr/bin/env ; argv[]=/usr/bin/env gpg-agent ; ignore_errors=no ; pid=0 }
+Id=two.service
+"""
+
+
+def test_what_systemd_says_of_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def systemctl(*arguments: str) -> str:
+        asked.append(arguments)
+        listed = "ssh.service enabled\nweb@.service static\n"
+        return {"show": SHOWN, "list-units": "two.service loaded\n"}.get(arguments[0], listed)
+
+    monkeypatch.setattr(systemd, "_systemctl", systemctl)
+    monkeypatch.setattr(systemd, "runs", lambda: True)
+    chosen = systemd.wanted(denied, True, False)
+    assert off(chosen) == {f"system/{one}.service.d" for one in ("ssh", "two", "user@")}
+    assert asked[-1][2:] == ("--", "ssh.service", "two.service", "web@ksm.service")
+    monkeypatch.setattr(systemd, "_systemctl", lambda *_: "")
+    with pytest.raises(KsmtoolError, match="names no program"):
+        systemd.wanted(denied, True, False)
 
 
 def test_logins_are_left_out_unless_they_are_asked_for(units: Path) -> None:
@@ -294,7 +345,9 @@ def test_a_policy_that_denies_by_default_names_those_that_are_in(units: Path) ->
     chosen = systemd.wanted(denied, False, False, units)
     assert {one.path.split("/")[3] for one in chosen if one.on} == {
         "overridden.service.d",
+        "says-yes.service.d",
         "web.service.d",
+        "words.service.d",
     }
 
 
@@ -324,11 +377,63 @@ def test_drop_ins_are_written_once_and_taken_away_exactly(units: Path) -> None:
 def test_a_drop_in_that_is_no_longer_wanted_goes(units: Path) -> None:
     systemd.write(systemd.wanted(denied, True, True, units), units)
     systemd.write(systemd.wanted(lambda _path: False, True, True, units), units)
-    assert off(systemd.present(units)) == set()
+    # What says no itself, still does.
+    assert off(systemd.present(units)) == {"system/says-no.service.d", "system/told-no.service.d"}
+
+
+def test_killed_at_any_moment_no_service_is_on_that_should_not_be(
+    units: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step brings its folder to the disk; what holds then is what a kill leaves."""
+    chosen = systemd.wanted(denied, True, True, units)
+    wrong: list[set[str]] = []
+    real = os.fsync
+
+    def look(descriptor: int) -> None:
+        real(descriptor)
+        there = systemd.present(units)
+        all_on = any(one.on and one.unit == "service" for one in there)
+        if all_on and off(there) != off(chosen):
+            wrong.append(off(chosen) - off(there))
+
+    monkeypatch.setattr(os, "fsync", look)
+    systemd.write(chosen, units)
+    systemd.write([], units)
+    assert wrong == []
+
+
+def test_what_a_killed_run_left_is_swept(units: Path) -> None:
+    stale = units / f"etc/systemd/system/service.d/.{systemd.NAME}.new"
+    stale.parent.mkdir()
+    stale.touch()
+    systemd.write([], units)
+    assert not stale.exists()
+
+
+def test_a_file_of_our_name_that_is_not_ours_stays(units: Path) -> None:
+    other = units / "etc/systemd/system/ssh.service.d" / systemd.NAME
+    other.parent.mkdir()
+    other.write_text("[Service]\nNice=5\n")
+    before = snapshot(units)
+    with pytest.raises(KsmtoolError, match="is not of ksm-preload"):
+        systemd.write(systemd.wanted(denied, True, True, units), units)
+    systemd.write([], units)
+    assert snapshot(units) == before
+
+
+def test_whatever_the_umask_users_can_read_the_drop_ins(units: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        systemd.write(systemd.wanted(denied, True, True, units), units)
+    finally:
+        os.umask(old)
+    for one in systemd.present(units):
+        assert (units / one.path).stat().st_mode & 0o777 == 0o644
+        assert (units / one.path).parent.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("nth", range(5))
+@pytest.mark.parametrize("nth", range(12))
 def test_drop_ins_are_as_before_when_a_write_fails(
     units: Path, monkeypatch: pytest.MonkeyPatch, error: int, nth: int
 ) -> None:
@@ -376,6 +481,8 @@ def process(root: Path, pid: int, command: bytes) -> None:
         (b"/usr/bin/qemu-system-x86_64\0-m\0001G\0", "a virtual machine"),
         (b"/usr/bin/containerd-shim-runc-v2\0", "a container"),
         (b"/usr/bin/conmon\0--api-version\0", "a container"),
+        (b"/usr/libexec/qemu-kvm\0-name\0", "a virtual machine"),
+        (b"[lxc monitor] /var/lib/incus/containers c1\0", "a container"),
         (b"qemu-img\0convert\0", None),
         (b"/usr/sbin/containerd\0", None),
         (b"grep\0qemu-system-x86_64\0", None),
@@ -400,8 +507,8 @@ def test_consent_is_five_lines_that_fit_a_terminal() -> None:
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.root
 def test_people_are_counted_not_services(tmp_path: Path) -> None:
-    need(os.geteuid() == 0, "needs root")
     for pid, user in ((1, 0), (2, 33), (3, 1000), (4, 1000), (5, 1001), (6, 65534)):
         process(tmp_path, pid, b"x\0")
         os.chown(tmp_path / "proc" / str(pid), user, user)
@@ -419,23 +526,23 @@ def test_only_root_may(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised.value.status == ExitStatus.NEEDS_ROOT
 
 
+@pytest.mark.root
 def test_enabling_from_a_venv_is_refused_and_changes_nothing(tree: Tree) -> None:
-    need(os.geteuid() == 0, "needs root")
     done = run([tree.ksmtool, "global-enable", "--method", "ld.so.preload", "--yes"])
     assert done.returncode == ExitStatus.UNSUPPORTED
     assert "not in the system's library folder" in done.stderr
     assert not Path("/etc/ld.so.preload").exists()
 
 
+@pytest.mark.root
 def test_logins_are_systemds(tree: Tree) -> None:
-    need(os.geteuid() == 0, "needs root")
     done = run([tree.ksmtool, "global-enable", "--method", "ld.so.preload", "--logins"])
     assert done.returncode == ExitStatus.USAGE
     assert "--logins is about the method systemd" in done.stderr
 
 
+@pytest.mark.root
 def test_nothing_to_disable(tree: Tree) -> None:
-    need(os.geteuid() == 0, "needs root")
     done = run([tree.ksmtool, "global-disable"])
     assert done.returncode == 0
     assert done.stdout.startswith("Nothing of ours was enabled.\n")

@@ -45,6 +45,7 @@ def trapping(victims: Victims, public: Path) -> Path:
     done = run(
         [
             *(need_command("gcc"), *options.split(), "-o", library, SOURCE / "ksm_preload.c"),
+            f"-I{victims.defaults()}",
             f"-Wl,--version-script={SOURCE / 'ksm_preload.map'}",
         ]
     )

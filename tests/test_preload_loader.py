@@ -24,7 +24,7 @@ import pytest
 import machine
 from conftest import Tree, Victims, need, run
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for chroot")
+pytestmark = pytest.mark.root
 
 OURS = ("libksm_preload.so", "libksm_preload_prctl.so")
 THERE = ("/l/a.so", "/l/b.so", *(f"/l/{name}" for name in OURS))

@@ -179,11 +179,13 @@ def test_left_out_child_leaves_its_parent_in(victims: Victims, way: Way, how: st
 
 @pytest.mark.ksm
 def test_loader_called_by_hand(victims: Victims, library: Path) -> None:
-    """Then argc, argv and envp lie elsewhere than at a program's start."""
+    """Then the executable is the loader, so that the policy leaves out what it cannot know."""
     loader = Path("/lib64/ld-linux-x86-64.so.2")
     need(loader.exists(), f"no {loader}")
     by_hand = [loader, "--preload", library, victims("report")]
-    assert opted_in(facts(PLAIN.run(by_hand))) == "prctl"
+    done = PLAIN.run(by_hand, {"KSM_PRELOAD_VERBOSE": "1"})
+    assert opted_in(facts(done)) == "no"
+    assert done.stderr == "ksm_preload: left out: the policy\n"
     off = PLAIN.run(by_hand, {"KSM_PRELOAD": "off", "KSM_PRELOAD_VERBOSE": "1"})
     assert opted_in(facts(off)) == "no"
     assert off.stderr == "ksm_preload: left out: KSM_PRELOAD=off\n"

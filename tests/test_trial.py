@@ -45,12 +45,12 @@ def ksm_free(reason_against_ksm: str | None) -> Ksm:
 
 
 def try_json(tree: Tree, *arguments: object) -> dict[str, Any]:
+    # By SIGTERM, after which it puts KSM's settings back; subprocess's own timeout is a SIGKILL.
     done = subprocess.run(
-        [str(tree.ksmtool), "try", "--json", *map(str, arguments)],
+        ["timeout", "--foreground", "170", tree.ksmtool, "try", "--json", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        timeout=170,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar where there is no terminal

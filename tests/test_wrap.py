@@ -176,7 +176,7 @@ def test_exit_status_is_the_commands(tree: Tree, status: int) -> None:
     ("command", "status", "words"),
     [
         ("no-such-command", 127, "cannot run no-such-command: No such file"),
-        ("/etc/passwd", 126, "cannot run /etc/passwd: Permission denied"),
+        ("/etc/group", 126, "cannot run /etc/group: Permission denied"),
         ("/", 126, "cannot run /: Permission denied"),
     ],
 )

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -275,71 +276,92 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
     and if one does not do what it did before, the change is taken back.
     """
     from ksmtool import consent, ldpreload, machine, systemd  # noqa: PLC0415
-    from ksmtool.kernel import Ksm  # noqa: PLC0415
-    from ksmtool.wrap import ksm_warning, probe  # noqa: PLC0415
+    from ksmtool.wrap import probe  # noqa: PLC0415
 
-    machine.require_root()
-    kernel = probe()
-    choice = machine.choose(method, kernel, systemd.obstacle, machine.enabled())
-    if logins and choice.method != machine.SYSTEMD:
-        raise click.UsageError("--logins is about the method systemd.")
-    click.echo(f"Method: {choice.method} ({choice.why}).")
-    for problem in ldpreload.problems():
-        click.echo(f"note: {problem}", err=True)
-    if choice.method == machine.PRELOAD:
-        entry = ldpreload.entry_for(machine.library(kernel))
-        machine.rehearse(entry, force)
-        click.echo(f"Tried in a mount namespace: programs start and print the same with {entry}.")
-        nothing_to_do = ldpreload.candidate(entry, force=force) == ldpreload.content()
-    else:
-        wanted = machine.drop_ins(logins)
-        nothing_to_do = not systemd.changes(wanted)
-    if nothing_to_do:
-        click.echo("Enabled already: nothing to change.")
-        return
-    if dry_run:
+    with machine.alone():
+        kernel = probe()
+        choice = machine.choose(method, kernel, systemd.obstacle, machine.enabled())
+        if logins and choice.method != machine.SYSTEMD:
+            raise click.UsageError("--logins is about the method systemd.")
+        click.echo(f"Method: {choice.method} ({choice.why}).")
+        for problem in ldpreload.problems():
+            click.echo(f"note: {problem}", err=True)
+        company = consent.company()
+        if company.tenants and not force:
+            raise KsmtoolError(
+                f"This machine runs {' and '.join(company.tenants)}: its memory would merge with "
+                "that of everything else.",
+                "If all of them are your own, use --force.",
+            )
         if choice.method == machine.PRELOAD:
-            click.echo(f"/{ldpreload.FILE} would be:")
-            click.echo(ldpreload.candidate(entry, force=force), nl=False)
-        for drop_in in wanted if choice.method == machine.SYSTEMD else ():
-            click.echo(f"/{drop_in.path}: MemoryKSM={'yes' if drop_in.on else 'no'}")
-        return
-    _require_consent(consent.company(), yes, force)
-    if choice.method == machine.PRELOAD:
-        click.echo(f"{machine.enable_by_preload(entry, force)}.")
-        click.echo("Programs are opted in when they start, from now on; services: restart them.")
+            _enable_by_preload(machine.library(kernel), company, dry_run, yes)
+        else:
+            _enable_by_systemd(logins, company, dry_run, yes)
+
+
+def _enable_by_preload(library: str, company: Company, dry_run: bool, yes: bool) -> None:
+    from ksmtool import ldpreload, machine  # noqa: PLC0415
+
+    entry = ldpreload.entry_for(library)
+    tried = machine.rehearse(entry)
+    click.echo(f"Tried in a mount namespace: programs start and print the same with {entry}.")
+    candidate = ldpreload.candidate(entry)
+    if candidate == ldpreload.content():
+        click.echo("Enabled already: nothing to change.")
+    elif dry_run:
+        click.echo(f"/{ldpreload.FILE} would be:")
+        click.echo(candidate, nl=False)
     else:
+        _require_consent(company, yes)
+        click.echo(f"{machine.enable_by_preload(tried)}.")
+        click.echo("Programs are opted in when they start, from now on; services: restart them.")
+        _warn_of_ksm()
+
+
+def _enable_by_systemd(logins: bool, company: Company, dry_run: bool, yes: bool) -> None:
+    from ksmtool import machine, systemd  # noqa: PLC0415
+
+    wanted = machine.drop_ins(logins)
+    if not systemd.changes(wanted):
+        click.echo("Enabled already: nothing to change.")
+    elif dry_run:
+        for drop_in in wanted:
+            click.echo(f"/{drop_in.path}: MemoryKSM={'yes' if drop_in.on else 'no'}")
+    else:
+        _require_consent(company, yes)
         changed = machine.enable_by_systemd(wanted)
         click.echo(f"{len(changed)} drop-ins of systemd changed below /etc/systemd.")
         click.echo("Each service is opted in when it is restarted, or at the next boot.")
         left_out = [drop_in.unit for drop_in in wanted if not drop_in.on]
         click.echo(f"Left out: {', '.join(left_out) or 'none'}.")
+        click.echo("Services installed later: run this again, or all of them are opted in.")
         click.echo(
             "Logins: from the next one on."
             if logins
             else "What people start after a login is not opted in; --logins changes that."
         )
+        _warn_of_ksm()
+
+
+def _warn_of_ksm() -> None:
+    from ksmtool.kernel import Ksm  # noqa: PLC0415
+    from ksmtool.wrap import ksm_warning  # noqa: PLC0415
+
     warning = ksm_warning(Ksm())
     if warning:
         click.echo(warning, err=True)
 
 
-def _require_consent(company: Company, yes: bool, force: bool) -> None:
-    """Say what it gives away, and go on only with a yes; tenants are a no without --force."""
+def _require_consent(company: Company, yes: bool) -> None:
+    """Say what it gives away, and go on only with a yes."""
     from ksmtool import consent  # noqa: PLC0415
 
-    if company.tenants and not force:
-        raise KsmtoolError(
-            f"This machine runs {' and '.join(company.tenants)}: its memory would merge with "
-            "that of everything else.",
-            "If all of them are your own, use --force.",
-        )
     click.echo(consent.FIVE_LINES)
     if company.people > 1:
         click.echo(f"note: programs of {company.people} ordinary users run now.", err=True)
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise KsmtoolError("Nothing was changed: that takes a yes.", "--yes gives it.")
     if click.prompt("Type yes to go on", default="no", show_default=False) != "yes":
         raise KsmtoolError("Nothing was changed.")
@@ -351,24 +373,26 @@ def global_disable(dry_run: bool) -> None:
     """Take back what global-enable did, by either method."""
     from ksmtool import ldpreload, machine, systemd  # noqa: PLC0415
 
-    machine.require_root()
-    if dry_run:
-        for entry in ldpreload.entries():
-            if entry.ours:
-                click.echo(f"/{ldpreload.FILE}: {entry.name} would be removed")
-        for drop_in in systemd.present():
-            click.echo(f"/{drop_in.path} would be removed")
-        return
-    done = machine.disable()
-    for line in done or ["Nothing of ours was enabled."]:
-        click.echo(line)
-    still = machine.processes().still
-    if still:
+    with machine.alone():
+        if dry_run:
+            planned = [f"/{ldpreload.FILE}: {one.name}" for one in ldpreload.entries() if one.ours]
+            planned += [f"/{drop_in.path}" for drop_in in systemd.present()]
+            for one in planned:
+                click.echo(f"{one} would be removed")
+        else:
+            planned = machine.disable()
+            for line in planned:
+                click.echo(line)
+    if not planned:
+        click.echo("Nothing of ours was enabled.")
+    elif not dry_run:
+        still = machine.processes().still
         some = ", ".join(f"{name} {pid}" for pid, name in sorted(still)[:8])
-        click.echo(
-            f"{len(still)} running processes keep library or flag until they are restarted: "
-            f"{some}{', ...' if len(still) > 8 else ''}."
-        )
+        if still:
+            click.echo(
+                f"{len(still)} running processes are still opted in, by us or by others, or have "
+                f"the library, until they end: {some}{', ...' if len(still) > 8 else ''}."
+            )
 
 
 @cli.command("global-status")
@@ -397,12 +421,13 @@ def policy_check(as_json: bool, programs: tuple[str, ...]) -> None:
     """Say what policy is in force, what is wrong with it, and what becomes of each PROGRAM.
 
     A PROGRAM is a path, or a name to look up in PATH. The exit status is 1 if something in the
-    files is malformed, not trusted, or cannot be read.
+    files is malformed, not trusted, cannot be read, or looks like a mistake.
     """
     from ksmtool import policy as policies  # noqa: PLC0415
     from ksmtool import report  # noqa: PLC0415
 
     found = policies.load()
+    found = replace(found, problems=[*found.problems, *policies.doubts(found)])
     outcomes = [policies.outcome(found, name, os.environ.get("PATH")) for name in programs]
     missing = [name for name, outcome in zip(programs, outcomes) if outcome is None]
     if missing:
@@ -540,6 +565,8 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 
 def main() -> None:
     """Run the command line and exit; the one place where errors become words and a status."""
+    if sys.stdout is None:  # closed by whoever started us; click would fail at its first word
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     try:
         status = cli.main(standalone_mode=False)
     except KsmtoolError as error:

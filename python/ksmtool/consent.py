@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -18,9 +19,13 @@ So all whose programs run here must be trusted with what the others' hold: no te
 
 # Each of these processes stands for a guest or a container.
 _TENANTS = (
-    ("a virtual machine", ("qemu-system-*", "kvm", "firecracker", "cloud-hypervisor", "crosvm")),
-    ("a virtual machine", ("VBoxHeadless", "VirtualBoxVM", "vmware-vmx")),
-    ("a container", ("containerd-shim*", "conmon", "lxc-start", "systemd-nspawn")),
+    ("a virtual machine", ("qemu-system-*", "qemu-kvm", "kvm", "firecracker", "cloud-hypervisor")),
+    ("a virtual machine", ("crosvm", "VBoxHeadless", "VirtualBoxVM", "vmware-vmx")),
+    (
+        "a container",
+        ("containerd-shim*", "conmon", "lxc-start", "[[]lxc monitor]", "systemd-nspawn"),
+    ),
+    ("a container", ("crun", "runc", "apptainer", "Apptainer*", "singularity")),
 )
 _HUMANS = range(1000, 60000)  # UID_MIN to UID_MAX of login.defs(5)
 
@@ -44,13 +49,17 @@ def company(root: Path = Path("/")) -> Company:
         if not entry.name.isdigit():
             continue
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
+            command = os.fsdecode((entry / "cmdline").read_bytes().split(b"\0")[0])
             users.add(entry.stat().st_uid)
         except OSError:
             continue
-        name = os.path.basename(os.fsdecode(words[0]))
+        # LXC's monitor has a title there, "[lxc monitor] /var/lib/lxc name".
+        name = command[:13] if command.startswith("[lxc monitor]") else os.path.basename(command)
+        names = {name}  # what it calls itself, and what it is
+        with contextlib.suppress(OSError):
+            names = {name, os.path.basename(os.readlink(entry / "exe"))}
         for kind, patterns in _TENANTS:
-            if any(fnmatchcase(name, pattern) for pattern in patterns):
+            if any(fnmatchcase(one, pattern) for one in names for pattern in patterns):
                 kinds[kind] += 1
                 example.setdefault(kind, f"{name}, PID {entry.name}")
     tenants = tuple(

@@ -43,15 +43,9 @@ def entries(root: Path = Path("/")) -> list[Entry]:
     return found
 
 
-def candidate(entry: str | None, root: Path = Path("/"), force: bool = False) -> bytes:
-    """Return the file as it would be with `entry` in it, or without any entry of ours.
-
-    Raises KsmtoolError if the entry cannot be added.
-    """
-    options = ["--dry-run"] if entry is None else ["--dry-run", "--add", entry]
-    if force and entry is not None:
-        options.append("--force")
-    return _rescue(root, *options)
+def candidate(entry: str, root: Path = Path("/")) -> bytes:
+    """Return the file as it would be with `entry` in it. Raises KsmtoolError if it cannot be."""
+    return _rescue(root, "--dry-run", "--add", entry)
 
 
 def content(root: Path = Path("/")) -> bytes:
@@ -97,15 +91,14 @@ def problems(root: Path = Path("/")) -> list[str]:
 
 
 @contextmanager
-def adding(entry: str, root: Path = Path("/"), force: bool = False) -> Iterator[str]:
+def adding(entry: str, root: Path = Path("/")) -> Iterator[str]:
     """Put `entry` into the file for as long as the body takes, and for good if it ends well.
 
     Yields what ksm-rescue said. It waits beside us and brings the old file back if the body
     raises, or if this process dies, even by SIGKILL. Raises KsmtoolError if it cannot be added.
     """
-    command = [install.rescue(), "--root", str(root), "--confirm", "--add", entry]
     with subprocess.Popen(
-        [*command, "--force"] if force else command,
+        [install.rescue(), "--root", str(root), "--confirm", "--add", entry],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -148,7 +141,10 @@ def _rescue(root: Path, *options: str) -> bytes:
 
 def _failed(stderr: bytes) -> KsmtoolError:
     said = os.fsdecode(stderr).strip().removeprefix("ksm-rescue: ")
-    return KsmtoolError(said or "ksm-rescue failed.", "The file is as it was.")
+    hint = "The file is as it was."
+    if "cannot be read by users" in said:
+        hint = f"If users' programs are to load what is in it, too: chmod 644 /{FILE}"
+    return KsmtoolError(said or "ksm-rescue failed.", hint)
 
 
 # ---- The entry -----------------------------------------------------------------------------
@@ -183,6 +179,11 @@ def _resolved(entry: str) -> Path | None:
         env={"PATH": "/usr/bin:/bin", "LD_PRELOAD": entry},
         capture_output=True,
     )
+    if done.returncode < 0:
+        raise KsmtoolError(
+            f"With {entry} preloaded, programs die of signal {-done.returncode}.",
+            "Install ksm-preload again.",
+        )
     name = entry.rpartition("/")[2]
     for line in os.fsdecode(done.stdout).splitlines():
         if line.endswith(f"/{name}"):

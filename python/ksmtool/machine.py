@@ -7,9 +7,11 @@ by systemd, which gives each service the kernel's flag and loads nothing.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.wrap import Kernel
 
 PRELOAD, SYSTEMD = "ld.so.preload", "systemd"
+_LOCK = "/run/ksm-preload.lock"
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,21 @@ class Choice:
     why: str
 
 
-def require_root() -> None:
-    """Raise KsmtoolError with status 3 for everybody else."""
+@contextmanager
+def alone() -> Iterator[None]:
+    """Keep other runs out, from what is tried to what is confirmed.
+
+    Raises KsmtoolError: with status 3 for who is not root, with 1 while another one goes on.
+    """
     if os.geteuid() != 0:
         raise KsmtoolError("Only root may do this.", "Run it with sudo.", ExitStatus.NEEDS_ROOT)
+    # Not for users to open, who could hold it for ever.
+    with open(_LOCK, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KsmtoolError("Another global-enable or global-disable is under way.") from None
+        yield
 
 
 def enabled(root: Path = Path("/")) -> list[str]:
@@ -54,8 +68,8 @@ def choose(
         )
     if wanted == PRELOAD:
         return Choice(PRELOAD, "as asked for")
-    if wanted == "auto" and already:
-        return Choice(already[0], "the machine is enabled by it already")
+    if wanted == "auto" and PRELOAD in already:
+        return Choice(PRELOAD, "the machine is enabled by it already")
     reason = obstacle()
     if reason is None and not kernel.inherit:
         reason = "this kernel loses the flag at exec (Linux 6.7 keeps it)"
@@ -80,17 +94,23 @@ def library(kernel: Kernel) -> str:
 # ---- /etc/ld.so.preload --------------------------------------------------------------------
 
 
-def rehearse(
-    entry: str, force: bool = False
-) -> tuple[list[rehearsal.Check], list[rehearsal.Outcome]]:
+@dataclass(frozen=True)
+class Rehearsal:
+    """An entry that has been tried: the programs, and what came of them without it."""
+
+    entry: str
+    programs: Sequence[rehearsal.Check]
+    before: Sequence[rehearsal.Outcome]
+
+
+def rehearse(entry: str) -> Rehearsal:
     """Run programs with `entry` in the file, in a private mount namespace.
 
-    Returns them and what came of them without it. Raises KsmtoolError if one no longer does the
-    same, or the library is not loaded.
+    Raises KsmtoolError if one no longer does the same, or the library is not loaded.
     """
     programs = rehearsal.checks(ldpreload.architectures())
     before = rehearsal.run(programs)
-    candidate = ldpreload.candidate(entry, force=force)
+    candidate = ldpreload.candidate(entry)
     *after, loaded = rehearsal.under(candidate, [*programs, _loads(entry)])
     _require_the_same(programs, before, after, "Nothing was written")
     if loaded.stdout != "loaded\n":
@@ -98,13 +118,14 @@ def rehearse(
             f"The loader did not load {entry}. Nothing was written.",
             f"The file would be: {candidate!r}",
         )
-    return programs, before
+    return Rehearsal(entry, programs, before)
 
 
 def _loads(entry: str) -> rehearsal.Check:
     name = entry.rpartition("/")[2]
     look = f"grep -q '/{name}$' /proc/self/maps && echo loaded"
-    return rehearsal.Check("the loader", ("/bin/sh", "-c", look), rehearsal.NOBODY)
+    user = rehearsal.NOBODY if os.geteuid() == 0 else None
+    return rehearsal.Check("the loader", ("/bin/sh", "-c", look), user)
 
 
 def _require_the_same(
@@ -123,15 +144,15 @@ def _require_the_same(
         )
 
 
-def enable_by_preload(entry: str, force: bool = False) -> str:
-    """Put `entry` into the file: rehearsed before, checked after; return what was done.
+def enable_by_preload(tried: Rehearsal) -> str:
+    """Put the entry that was tried into the file, and try it for real; return what was done.
 
     Raises KsmtoolError, and the file is as it was.
     """
-    programs, before = rehearse(entry, force)
-    with ldpreload.adding(entry, force=force) as said:
-        after = rehearsal.run([*programs, _loads(entry)])
-        _require_the_same(programs, before, after, f"/{ldpreload.FILE} is as it was")
+    entry = tried.entry
+    with ldpreload.adding(entry) as said:
+        after = rehearsal.run([*tried.programs, _loads(entry)])
+        _require_the_same(tried.programs, tried.before, after, f"/{ldpreload.FILE} is as it was")
         if after[-1].stdout != "loaded\n":
             raise KsmtoolError(f"The loader did not load {entry}. /{ldpreload.FILE} is as it was.")
     return said
@@ -245,7 +266,7 @@ class Status:
     entries: tuple[ldpreload.Entry, ...]
     problems: tuple[str, ...]
     loaded: bool | None
-    """Whether a program that is started now gets the library; None where none should."""
+    """Whether a program that is started now gets the library; None where that is not known."""
     complaint: str
     """What the loader says on stderr when a program starts, "" for nothing."""
     drop_ins: tuple[systemd.DropIn, ...]
@@ -253,18 +274,36 @@ class Status:
     processes: Processes
 
 
+def _drift(root: Path) -> list[str]:
+    """Return a sentence if the drop-ins are not those that units and the policy now ask for."""
+    there = systemd.present(root)
+    if not there or os.geteuid() != 0:
+        return []
+    logins = any(one.on and one.unit == "user@" for one in there)
+    differ = systemd.changes(drop_ins(logins, root), root)
+    if not differ:
+        return []
+    some = ", ".join(sorted({Path(path).parent.name.removesuffix(".d") for path in differ})[:5])
+    return [
+        "Units or the policy have changed since `ksmtool global-enable --method systemd`; run it "
+        f"again for {some}."
+    ]
+
+
 def status(root: Path = Path("/")) -> Status:
     """Measure it. Raises KsmtoolError."""
     entries = ldpreload.entries(root)
     ours = next((entry.name for entry in entries if entry.ours), None)
     outcome = rehearsal.run([_loads(ours or "/libksm_preload")])[0]
+    started = outcome.status != rehearsal.NOT_STARTED
+    problems = [*ldpreload.problems(root), *_drift(root)]
     return Status(
         methods=tuple(enabled(root)),
         entry=ours,
         entries=tuple(entries),
-        problems=tuple(ldpreload.problems(root)),
-        loaded=outcome.stdout == "loaded\n" if ours else None,
-        complaint=outcome.stderr.strip(),
+        problems=tuple(problems),
+        loaded=outcome.stdout == "loaded\n" if ours and started else None,
+        complaint=" ".join(dict.fromkeys(outcome.stderr.splitlines())) if started else "",
         drop_ins=tuple(systemd.present(root)),
         killed=policy.load(root).off,
         processes=processes(root),

@@ -18,12 +18,9 @@ FOLDER = "etc/ksm-preload"
 KILL_SWITCH = "run/ksm-preload.disabled"
 
 _LONGEST_LINE = 511
-_LONGEST_NAME = 255
 _BLANKS = b" \t\r"
 # As in C: what says that there is nothing to be trusted. Whatever else fails leaves programs out.
-_ABSENT = {
-    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENODEV
-}  # fmt: skip
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV}
 
 _STAR, _ANY = -1, -2
 
@@ -77,6 +74,7 @@ class Verdict:
 
 
 LET_IN = Verdict(True, "no rule matches")
+STATIC = "static: it loads no library, so it keeps the flag of whoever starts it"
 
 
 @dataclass(frozen=True)
@@ -224,8 +222,8 @@ def _parse_line(line: bytes, number: int) -> Rule | str | None:
 def load(root: os.PathLike[str] | str = "/") -> Policy:
     """Return the policy of the system below `root`, as the libraries see it.
 
-    What only root may read is read, if we are root, though other users' programs do not see it: a
-    problem says so.
+    What only root may read is read, if we are root, though other users' programs may not, and are
+    left out: a problem says so.
     """
     folder = os.path.join(root, FOLDER)
     switch = os.path.join(root, KILL_SWITCH)
@@ -235,7 +233,7 @@ def load(root: os.PathLike[str] | str = "/") -> Policy:
     try:
         _look_at_folder(folder, problems)
         drop_ins = os.path.join(folder, "policy.d")
-        for name in sorted(_names(drop_ins, problems)):
+        for name in _names(drop_ins, problems):
             _add(sources, problems, os.path.join(drop_ins, os.fsdecode(name)))
         if not _add(sources, problems, os.path.join(folder, "policy")):
             with open(DEFAULTS, "rb") as file:
@@ -249,6 +247,27 @@ def load(root: os.PathLike[str] | str = "/") -> Policy:
     return Policy(sources, problems, switch, _is_there(switch), unreadable)
 
 
+def doubts(policy: Policy) -> Iterator[Problem]:
+    """Yield what is well-formed, but hardly what its author meant."""
+    for source in policy.sources:
+        for rule in source.rules:
+            message = _doubt(rule.argument) if source.path != DEFAULTS else None
+            if message:
+                yield Problem(source.path, rule.line, message)
+
+
+def _doubt(pattern: bytes) -> str | None:
+    if b" #" in pattern or b"\t#" in pattern:
+        return "A comment is a line of its own: here the # is part of the pattern."
+    if pattern[:1] in (b'"', b"'"):
+        return "The quote is part of the pattern: a name with blanks needs none."
+    if pattern.startswith(b"/") and not set(pattern) & set(b"*?["):
+        real = os.path.realpath(pattern)
+        if real != pattern:
+            return f"It can match no program: without symlinks this path is {os.fsdecode(real)}."
+    return None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What becomes of a program."""
@@ -258,6 +277,8 @@ class Outcome:
     path: str
     """Of the executable that runs in the end, an interpreter for a script, symlinks resolved."""
     verdict: Verdict
+    note: str = ""
+    """What the verdict cannot bring about."""
 
 
 def outcome(policy: Policy, name: str, search: str | None) -> Outcome | None:
@@ -271,7 +292,8 @@ def outcome(policy: Policy, name: str, search: str | None) -> Outcome | None:
     path = os.path.realpath(final.path)
     if final.privileged:
         return Outcome(name, path, Verdict(False, f"it is {final.privileged}"))
-    return Outcome(name, path, policy.verdict(path))
+    verdict = policy.verdict(path)
+    return Outcome(name, path, verdict, "" if verdict.allowed or not final.alone else STATIC)
 
 
 def _is_there(switch: str) -> bool:
@@ -293,7 +315,8 @@ def _look_at_folder(folder: str, problems: list[Problem]) -> None:
     if found.st_uid != 0 or found.st_mode & 0o022:
         problems.append(Problem(folder, 0, "Others than root may remove files from it."))
     if not found.st_mode & 0o001:
-        problems.append(Problem(folder, 0, "Not every user may enter it: theirs see the defaults."))
+        message = "Not every user may enter it: other users' programs are left out."
+        problems.append(Problem(folder, 0, message))
 
 
 def _trusted(path: str, problems: list[Problem], is_kind: Callable[[int], bool]) -> int | None:
@@ -324,15 +347,14 @@ def _trusted(path: str, problems: list[Problem], is_kind: Callable[[int], bool])
         return None
     everybody = 0o005 if directory else 0o004
     if found.st_mode & everybody != everybody:
-        message = (
-            f"Programs of other users cannot read it (mode {stat.S_IMODE(found.st_mode):04o})."
-        )
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        message = f"Other users' programs cannot read it (mode {mode}), so they are left out."
         problems.append(Problem(path, 0, message))
     return file
 
 
 def _names(folder: str, problems: list[Problem]) -> Iterator[bytes]:
-    """Yield the names of the drop-ins."""
+    """Yield the names of the drop-ins in their order."""
     file = _trusted(folder, problems, stat.S_ISDIR)
     if file is None:
         return
@@ -343,10 +365,14 @@ def _names(folder: str, problems: list[Problem]) -> Iterator[bytes]:
         raise
     finally:
         os.close(file)
-    for name in map(os.fsencode, names):
-        ours = name.endswith(b".conf") and not name.startswith(b".") and len(name) > len(b".conf")
-        if ours and len(name) <= _LONGEST_NAME:
+    for name in sorted(map(os.fsencode, names)):
+        if name.startswith(b"."):
+            continue
+        if name.endswith(b".conf"):
             yield name
+        elif name != b"README" and not name.endswith(b"~"):  # which nobody takes for rules
+            message = "Not read: its name does not end in .conf."
+            problems.append(Problem(os.path.join(folder, os.fsdecode(name)), 0, message))
 
 
 def _add(sources: list[Source], problems: list[Problem], path: str) -> bool:

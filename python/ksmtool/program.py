@@ -15,7 +15,7 @@ from dataclasses import dataclass
 _MACHINES = {3: "i386", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv"}
 _MACHINE_OF_UNAME = {"i586": "i386", "i686": "i386", "armv7l": "arm", "riscv64": "riscv"}
 _PT_LOAD, _PT_DYNAMIC, _PT_INTERP = 1, 2, 3
-_DT_NEEDED, _DT_STRTAB = 1, 5
+_DT_NEEDED, _DT_STRTAB, _DT_SONAME = 1, 5, 14
 _SANITIZERS = ("libasan.so", "libclang_rt.asan", "libtsan.so", "libhwasan.so")
 _MOST_INTERPRETERS = 5  # fs/exec.c, exec_binprm(): more levels of #! are ELOOP
 
@@ -33,6 +33,8 @@ class Program:
     """Path of the dynamic loader; None for a static program."""
     sanitizer: str | None = None
     """Name of the sanitizer's run-time library it is linked to, which wants to be loaded first."""
+    library: bool = False
+    """Whether it has a DT_SONAME: a loader that is called by hand."""
     privileged: str | None = None
     """"setuid", "setgid" or "setcap" if it gains privileges here: the loader drops LD_PRELOAD."""
 
@@ -45,6 +47,11 @@ class Program:
     def static(self) -> bool:
         """Whether it is an ELF program without a dynamic loader: nothing can be preloaded."""
         return bool(self.machine) and self.loader is None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it loads no library whatever its environment says."""
+        return self.static and not self.library
 
     @property
     def musl(self) -> bool:
@@ -158,11 +165,13 @@ def _read_elf(path: str, head: bytes, privileged: str | None) -> Program:
             elif kind == _PT_LOAD:
                 loads.append((address, start, length))
         needed: list[str] = []
-        if loader and dynamic:
+        library = False
+        if dynamic:
             file.seek(dynamic[0])
             entries = list(
                 struct.iter_unpack(order + ("qQ" if wide else "iI"), file.read(dynamic[1]))
             )
+            library = any(tag == _DT_SONAME for tag, _ in entries)
             strings = next((value for tag, value in entries if tag == _DT_STRTAB), 0)
             strings = next(
                 (s + strings - a for a, s, length in loads if a <= strings < a + length), 0
@@ -177,5 +186,6 @@ def _read_elf(path: str, head: bytes, privileged: str | None) -> Program:
         machine=_MACHINES.get(machine, f"machine {machine}"),
         loader=loader,
         sanitizer=sanitizer,
+        library=library,
         privileged=privileged,
     )

@@ -21,6 +21,7 @@ from ksmtool import install, ldpreload
 from ksmtool.errors import KsmtoolError
 
 SECONDS = 20
+NOT_STARTED = -1000
 NOBODY = 65534
 
 _SETUID = (("su", "--version"), ("mount", "--version"), ("passwd", "--help"), ("sudo", "--version"))
@@ -39,7 +40,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a program: the status is -N for a signal, -1000 for one that did not start."""
+    """What came of a program: the status is -N for a signal, NOT_STARTED for none."""
 
     status: int
     stdout: str
@@ -87,9 +88,9 @@ def _run(check: Check) -> Outcome:
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:
-        return Outcome(-1000, "", f"still running after {SECONDS} s")
+        return Outcome(NOT_STARTED, "", f"still running after {SECONDS} s")
     except OSError as error:
-        return Outcome(-1000, "", error.strerror or str(error))
+        return Outcome(NOT_STARTED, "", error.strerror or str(error))
     return Outcome(done.returncode, _text(done.stdout), _text(done.stderr))
 
 
@@ -113,20 +114,11 @@ def differences(
 
 
 def _status(outcome: Outcome) -> str:
-    if outcome.status == -1000:
+    if outcome.status == NOT_STARTED:
         return f"no status ({outcome.stderr})"
     if outcome.status < 0:
         return f"signal {-outcome.status}"
     return f"status {outcome.status}"
-
-
-def noisy(programs: Sequence[Check], outcomes: Sequence[Outcome]) -> list[str]:
-    """Return one sentence for each program about which the loader complains."""
-    return [
-        f"{check.what} says: {outcome.stderr.strip()}"
-        for check, outcome in zip(programs, outcomes)
-        if "ERROR: ld.so:" in outcome.stderr
-    ]
 
 
 # ---- The namespace -------------------------------------------------------------------------
@@ -139,7 +131,8 @@ def under(candidate: bytes, programs: Sequence[Check]) -> list[Outcome]:
 
     Needs CAP_SYS_ADMIN. Raises KsmtoolError if this system allows no such namespace.
     """
-    folder = tempfile.mkdtemp(prefix="ksmtool-")
+    # Not in $TMPDIR, whose name may hold what overlayfs takes for a separator.
+    folder = tempfile.mkdtemp(prefix="ksmtool-", dir="/run")
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -153,10 +146,10 @@ def under(candidate: bytes, programs: Sequence[Check]) -> list[Outcome]:
         raise KsmtoolError("The rehearsal ended without an answer.")
     result = json.loads(answer)
     if isinstance(result, str):
-        raise KsmtoolError(
-            f"Cannot try the new file in a mount namespace: {result}.",
-            "In a container this takes CAP_SYS_ADMIN.",
-        )
+        hint = "In a container this takes CAP_SYS_ADMIN."
+        if "overlay" in result:
+            hint = "modprobe overlay   # the kernel's file system for this"
+        raise KsmtoolError(f"Cannot try the new file in a mount namespace: {result}.", hint)
     return [Outcome(*one) for one in result]
 
 
@@ -177,6 +170,7 @@ def _in_child(work: Callable[[], object], read_end: int, write_end: int) -> None
 def _rehearse(
     folder: Path, candidate: bytes, programs: Sequence[Check]
 ) -> list[tuple[object, ...]]:
+    os.umask(0o022)  # users' programs have to see what is in here
     libc = ctypes.CDLL(None, use_errno=True)
 
     def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:

@@ -204,9 +204,11 @@ def status_lines(status: Status) -> list[str]:
     if status.entry is None:
         lines.append("ld.so.preload: no entry of ksm-preload")
     else:
-        really = (
-            "programs that start now load it" if status.loaded else "but programs do NOT load it"
-        )
+        really = {
+            True: "programs that start now load it",
+            False: "but programs do NOT load it",
+            None: "whether programs load it could not be seen",
+        }[status.loaded]
         lines.append(f"ld.so.preload: {status.entry}, {really}")
     if status.complaint:
         lines.append(f"problem:       the loader says: {status.complaint}")
@@ -219,7 +221,10 @@ def status_lines(status: Status) -> list[str]:
         else "systemd:       no drop-in of ksm-preload"
     )
     if status.killed:
-        lines.append("kill switch:   /run/ksm-preload.disabled is there: the libraries do nothing")
+        lines.append(
+            "kill switch:   /run/ksm-preload.disabled is there: the libraries leave every program "
+            "out; systemd does not look at it"
+        )
     seen = status.processes
     share = 100 * seen.opted_in / max(seen.total, 1)
     lines.append(f"processes:     {seen.opted_in} of {seen.total} opted in ({share:.0f} %)")
@@ -289,7 +294,12 @@ def policy_as_json(policy: Policy, programs: Sequence[Outcome]) -> str:
         "unreadable": policy.unreadable or None,
         "problems": [asdict(problem) for problem in policy.problems],
         "programs": [
-            {"program": one.name, "executable": one.path, **_verdict(one.verdict)}
+            {
+                "program": one.name,
+                "executable": one.path,
+                **_verdict(one.verdict),
+                "note": one.note or None,
+            }
             for one in programs
         ],
     }
@@ -319,5 +329,6 @@ def policy_as_text(policy: Policy, programs: Sequence[Outcome]) -> str:
     lines.append(f"switch:   {policy.kill_switch} {state}")
     for one in programs:
         what = "opted in" if one.verdict.allowed else "left out"
-        lines.append(f"{one.name}: {what}, {one.verdict.why}; it is {one.path}")
+        note = f", {one.note}" if one.note else ""
+        lines.append(f"{one.name}: {what}, {one.verdict.why}; it is {one.path}{note}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,15 +25,17 @@ SYSTEM = "etc/systemd/system"
 USER = "etc/systemd/user"
 _MARK = "# Written by `ksmtool global-enable`; `ksmtool global-disable` removes it.\n"
 
-# Where units are, the first wins (systemd.unit(5)).
+# Where units are, the first wins (systemd.unit(5)); the last is for systems without a merged /usr.
+_OLD_UNITS = "lib/systemd/system"
 _SYSTEM_UNITS = (
     SYSTEM,
     "run/systemd/system",
+    "run/systemd/generator",
     "usr/local/lib/systemd/system",
     "usr/lib/systemd/system",
+    _OLD_UNITS,
 )
 _USER_UNITS = (USER, "run/systemd/user", "usr/local/lib/systemd/user", "usr/lib/systemd/user")
-_OLD_UNITS = "lib/systemd/system"  # of systems without a merged /usr
 
 
 @dataclass(frozen=True)
@@ -101,59 +104,173 @@ def wanted(
     `denied` tells of a program's path whether the policy leaves it out, `default_on` what holds for
     a program that the policy does not name. With `logins` false, what people start after a login is
     left out: systemd cannot tell one from the other there, and it includes sudo, ssh and browsers.
+    What a unit says of MemoryKSM= itself is repeated, since drop-ins count in the order of their
+    names, whatever folder they are in: ours would count more.
     """
     chosen = [
         DropIn(f"{SYSTEM}/service.d/{NAME}", default_on),
         DropIn(f"{SYSTEM}/user@.service.d/{NAME}", logins),
     ]
-    for folders, target in ((_SYSTEM_UNITS, SYSTEM), (_USER_UNITS, USER)):
-        here = (*folders, _OLD_UNITS) if target == SYSTEM else folders
-        for unit, programs in sorted(_services(here, root).items()):
-            on = not any(denied(_real(program, root)) for program in programs)
-            # A unit of the user manager inherits that one's flag.
-            if programs and on != default_on and unit != "user@.service":
-                chosen.append(DropIn(f"{target}/{unit}.d/{NAME}", on))
+    kinds = [(SYSTEM, _asked() if root == Path("/") and runs() else _read(_SYSTEM_UNITS, root))]
+    if logins:  # else they inherit from user@.service that they are left out
+        kinds.append((USER, _read(_USER_UNITS, root)))
+    for target, units in kinds:
+        for unit in sorted(units, key=lambda unit: unit.name):
+            if unit.name == "user@.service":
+                continue
+            own = unit.own_setting
+            on = not any(_is_denied(words, denied, root) for words in unit.commands)
+            if own is not None or (unit.commands and on != default_on):
+                chosen.append(DropIn(f"{target}/{unit.name}.d/{NAME}", on if own is None else own))
     return chosen
 
 
-def _services(folders: Sequence[str], root: Path) -> dict[str, list[str]]:
-    """Return the programs that each service's unit file names, by unit; aliases left out."""
-    found: dict[str, list[str]] = {}
-    masked = set()
+@dataclass(frozen=True)
+class _Unit:
+    """A service, or a template of services."""
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    """The words of each of its Exec lines, the program first."""
+    own_setting: bool | None
+    """What it or a drop-in of others says of MemoryKSM=."""
+
+
+# Of what these are given to run, any word can be the program.
+_LAUNCHERS = {
+    "bash",
+    "chroot",
+    "chrt",
+    "dash",
+    "env",
+    "flock",
+    "ionice",
+    "nice",
+    "nsenter",
+    "runuser",
+}
+_LAUNCHERS |= {"setpriv", "sh", "start-stop-daemon", "stdbuf", "su", "systemd-cat", "taskset"}
+_LAUNCHERS |= {"timeout", "unshare"}
+
+
+def _is_denied(words: Sequence[str], denied: Callable[[str], bool], root: Path) -> bool:
+    """Whether the policy leaves out the program of a command, or one that it is to run."""
+    program = _real(words[0], root)
+    if denied(program):
+        return True
+    rest = [word.strip("\"';") for word in words[1:]]
+    if os.path.basename(program) in _LAUNCHERS:
+        rest = re.findall(r"[\w./@+-]+", " ".join(words[1:]))
+        return any(denied(_real(word, root)) for word in rest)
+    return any(word.startswith("/") and denied(_real(word, root)) for word in rest)
+
+
+_EXEC = ("Condition", "Start", "StartPre", "StartPost", "Reload", "Stop", "StopPost")
+_ASKED = ("Id", "FragmentPath", "DropInPaths", *(f"Exec{kind}" for kind in _EXEC))
+
+
+def _asked() -> list[_Unit]:
+    """Ask systemd, which knows all folders, generators, drop-ins, quotes and specifiers."""
+    listed = _systemctl("list-unit-files", "--type=service", "--no-legend", "--plain")
+    loaded = _systemctl("list-units", "--all", "--type=service", "--no-legend", "--plain")
+    names = {line.split()[0] for line in (listed + loaded).splitlines() if line.strip()}
+    # Of a template it knows nothing but with an instance.
+    instances = sorted(name.replace("@.service", "@ksm.service") for name in names)
+    shown = _systemctl("show", f"--property={','.join(_ASKED)}", "--", *instances)
+    units: dict[str, _Unit] = {}
+    for block in shown.split("\n\n"):
+        values = dict(line.partition("=")[::2] for line in block.splitlines())
+        commands: list[Sequence[str]] = [
+            [path, *words.split()]
+            for path, words in re.findall(
+                r"^Exec\w+=\{ path=(.*?) ; argv\[\]=(.*?) ; (?:flags|ignore_errors)=", block, re.M
+            )
+        ]
+        files = [values.get("FragmentPath", ""), *values.get("DropInPaths", "").split()]
+        name = re.sub(r"@[^@]*\.service$", "@.service", values.get("Id", ""))
+        if name:
+            texts = [_content(Path(file)) for file in files if file]
+            commands += units[name].commands if name in units else ()
+            units[name] = _Unit(name, commands, _own_setting(texts))
+    if not any(unit.commands for unit in units.values()):
+        # Else every service would be opted in, those with secrets too.
+        raise KsmtoolError("systemctl show names no program of any service.")
+    return list(units.values())
+
+
+def _systemctl(*arguments: str) -> str:
+    done = subprocess.run(
+        ["systemctl", "--no-pager", *arguments],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise KsmtoolError(f"systemctl {arguments[0]} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _read(folders: Sequence[str], root: Path) -> list[_Unit]:
+    """Read the unit files below `root` where no systemd can be asked."""
+    files: dict[str, Path] = {}
     for folder in folders:
-        try:
-            files = sorted((root / folder).glob("*.service"))
-        except OSError:
+        for file in sorted((root / folder).glob("*.service")):
+            files.setdefault(file.name, file)
+    units = []
+    for name, file in files.items():
+        target = os.readlink(file) if file.is_symlink() else ""
+        # An alias of a unit in one of the folders; /dev/null: it is masked.
+        if target and os.path.basename(target) != name and not _is_elsewhere(target, folders):
             continue
-        for file in files:
-            if file.name in found or file.name in masked:
-                continue
-            if file.is_symlink():
-                # An alias, or enabled from elsewhere; to /dev/null it is masked.
-                target = os.readlink(file)
-                if target == "/dev/null" or os.path.basename(target) != file.name:
-                    masked.add(file.name)
-                    continue
-            with contextlib.suppress(OSError):
-                found[file.name] = list(_programs(_text(file, root)))
-    return found
+        real = root / target[1:] if target.startswith("/") else file
+        drop_ins = [one for folder in folders for one in (root / folder).glob(f"{name}.d/*.conf")]
+        texts = [_content(one) for one in (real, *sorted(drop_ins, key=_by_name))]
+        commands = [words for text in texts for words in _commands(text)]
+        units.append(_Unit(name, commands, _own_setting(texts)))
+    return units
 
 
-def _text(file: Path, root: Path) -> str:
-    if file.is_symlink() and os.readlink(file).startswith("/"):
-        file = root / os.readlink(file).lstrip("/")
-    return file.read_text(errors="replace")
+def _by_name(path: Path) -> str:
+    return path.name
 
 
-_EXEC = re.compile(r"^Exec(?:Start|StartPre|StartPost)\s*=\s*(.*)$", re.MULTILINE)
+def _is_elsewhere(target: str, folders: Sequence[str]) -> bool:
+    """Whether a link leads out of the folders of units: then it is no alias, but the unit."""
+    if not target.startswith("/") or target == "/dev/null":
+        return False
+    return os.path.dirname(target)[1:] not in {*folders, _OLD_UNITS}
 
 
-def _programs(unit: str) -> Iterator[str]:
-    """Yield the program of each Exec line, without systemd's prefixes (systemd.service(5))."""
-    for line in _EXEC.findall(unit.replace("\\\n", " ")):
-        words = line.lstrip("@-:+!|").split()
+def _content(file: Path) -> str:
+    """Return what is in a unit file or a drop-in, nothing for ours and for what cannot be read."""
+    try:
+        text = file.read_text(errors="replace")
+    except OSError:
+        return ""
+    if text.startswith(_MARK):
+        return ""
+    lines = (line for line in text.split("\n") if not line.lstrip().startswith(("#", ";")))
+    return "\n".join(lines).replace("\\\n", " ")
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """Yield the words of each Exec line, without systemd's prefixes (systemd.service(5))."""
+    for line in re.findall(r"^\s*Exec\w+\s*=\s*(\S.*)$", text, re.MULTILINE):
+        command = line.lstrip("@-:+!| \t")
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            words = command.split()
         if words:
-            yield words[0].strip("\"'")
+            yield words
+
+
+def _own_setting(texts: Iterable[str]) -> bool | None:
+    values = re.findall(r"^\s*MemoryKSM\s*=\s*(\S*)", "\n".join(texts), re.MULTILINE)
+    if not values or not values[-1]:
+        return None
+    return values[-1].lower() in ("yes", "true", "on", "1", "y", "t")
 
 
 def _real(program: str, root: Path) -> str:
@@ -178,68 +295,100 @@ def present(root: Path = Path("/")) -> list[DropIn]:
         for file in sorted((root / base).glob(f"*.d/{NAME}")):
             with contextlib.suppress(OSError):
                 text = file.read_text()
-                found.append(DropIn(str(file.relative_to(root)), "MemoryKSM=yes" in text))
+                if text.startswith(_MARK):
+                    found.append(DropIn(str(file.relative_to(root)), "MemoryKSM=yes" in text))
     return found
 
 
-def changes(drop_ins: Iterable[DropIn], root: Path = Path("/")) -> list[str]:
+def changes(drop_ins: Sequence[DropIn], root: Path = Path("/")) -> list[str]:
     """Return the paths that `write` would change."""
-    before, after = _contents(drop_ins, root)
+    before = {one.path: one for one in present(root)}
+    after = {one.path: one for one in drop_ins}
     return [path for path in {**after, **before} if before.get(path) != after.get(path)]
-
-
-def _contents(drop_ins: Iterable[DropIn], root: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Return what is in our drop-ins, and what should be."""
-    before = {one.path: (root / one.path).read_bytes() for one in present(root)}
-    return before, {one.path: one.text.encode() for one in drop_ins}
 
 
 def write(drop_ins: Sequence[DropIn], root: Path = Path("/")) -> list[str]:
     """Write the drop-ins and take away those of ours that are not among them.
 
     Returns the paths that changed. Where a write fails, all is put back as it was. Raises
-    KsmtoolError.
+    KsmtoolError, also for a file of that name that is not ours.
     """
-    before, after = _contents(drop_ins, root)
+    before = present(root)
     changed = changes(drop_ins, root)
-    done: list[str] = []
+    ours = {one.path for one in before}
+    for path in changed:
+        if path not in ours and (root / path).exists():
+            raise KsmtoolError(f"/{path} is there and is not of ksm-preload.", "Rename it.")
     try:
-        for path in changed:
-            done.append(path)
-            _put(root / path, after.get(path))
+        _reach(drop_ins, root)
     except OSError as error:
-        for path in done:
-            with contextlib.suppress(OSError):
-                _put(root / path, before.get(path))
+        with contextlib.suppress(OSError):
+            _reach(before, root)
         raise KsmtoolError(
-            f"Cannot write /{done[-1]}: {error.strerror}.", "No drop-in has changed."
+            f"Cannot write {error.filename or 'a drop-in'}: {error.strerror}.",
+            "The drop-ins are as they were.",
         ) from error
     return changed
 
 
-def _put(file: Path, content: bytes | None) -> None:
-    """Have the file with that content, or not at all."""
-    if content is None:
-        file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            file.parent.rmdir()  # stays if it holds anything else
-        return
+def _reach(target: Sequence[DropIn], root: Path) -> None:
+    """Get from what is there to `target` so that at each moment no service is on too early.
+
+    Killed in between, it leaves more services out than it should, and never less.
+    """
+    for base in (SYSTEM, USER):
+        for stale in (root / base).glob(f"*.d/.{NAME}.new"):
+            stale.unlink()
+    there = {one.path: one.on for one in present(root)}
+    wanted_on = {one.path for one in target if one.on}
+    wanted_off = {one.path for one in target if not one.on}
+    for path, on in there.items():
+        if on and path not in wanted_on | wanted_off:
+            _remove(root / path)
+    for one in sorted(target, key=lambda one: one.on):
+        if there.get(one.path) != one.on:
+            _put(root / one.path, one.text.encode())
+    for path, on in there.items():
+        if not on and path not in wanted_on | wanted_off:
+            _remove(root / path)
+
+
+def _remove(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    _sync(file.parent)
+    with contextlib.suppress(OSError):
+        file.parent.rmdir()  # stays if it holds anything else
+
+
+def _put(file: Path, content: bytes) -> None:
     made = not file.parent.exists()
-    file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".{file.name}.new")
     try:
+        if made:
+            file.parent.chmod(0o755)  # whatever the umask: user managers have to read it
+            _sync(file.parent.parent)
         with new.open("wb") as output:
             output.write(content)
             output.flush()
             os.fchmod(output.fileno(), 0o644)
             os.fsync(output.fileno())
         new.replace(file)
+        _sync(file.parent)
     except OSError:
         new.unlink(missing_ok=True)
         if made:
             with contextlib.suppress(OSError):
                 file.parent.rmdir()
         raise
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def reload() -> None:

@@ -116,7 +116,10 @@ int main(void)
         return failed_checks == 0 ? SKIP : 1;
     }
     CHECK(is_privileged(&name) == 0);
-    CHECK(name != NULL && strcmp(name, (const char *)getauxval(AT_EXECFN)) == 0);
+    /* valgrind gives its program a vector of its own, and the kernel knows valgrind's. */
+    if (getenv("LD_PRELOAD") == NULL)
+        CHECK(name == (const char *)getauxval(AT_EXECFN));
+    CHECK(name != NULL);
     CHECK(flag() == 0);
     test_constructor();
     return check_status();

@@ -17,7 +17,8 @@ import disk
 import machine
 
 # What a kernel of Debian has as modules of what it needs to mount the disk, in the order they need
-# each other. Those that a kernel lacks it has built in.
+# each other, and of what is loaded on demand elsewhere: there are none on the disk. Those that a
+# kernel lacks it has built in.
 MODULES = (
     "crc16",
     "crc32c_generic",
@@ -31,10 +32,11 @@ MODULES = (
     "virtio_pci_modern_dev",
     "virtio_pci",
     "virtio_blk",
+    "overlay",
 )
 
-SECONDS = 240
-"""The most that a boot may take; 40 are usual where nothing else runs."""
+SECONDS = 600
+"""The most that a boot may take; 40 to 70 are usual where nothing else runs."""
 
 
 @dataclass(frozen=True)

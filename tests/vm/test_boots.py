@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ ROOT = HERE.parent
 
 OFF = "ksm_preload=off"
 RESCUE = "init=/usr/sbin/ksm-rescue"
+DIES = r"segfault at 0 .* in libksm_preload.*\n(.*\n)*.*Attempted to kill init"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Step:
     """How it is enabled."""
     append: str = ""
     end: str = "status 0"
+    console: str = ""
+    """What is said on the console, as a pattern."""
 
     @property
     def words(self) -> str:
@@ -43,7 +47,7 @@ class Step:
 
 BROKEN = (
     Step("disabled again", "disabled enable_list break_library"),
-    Step("broken on purpose", "disabled", end="panic"),
+    Step("broken on purpose", "disabled", end="panic", console=DIES),
     Step("rescued", "rescued enable_list", append=RESCUE),
     Step("switched off by the kernel's command line", "switched_off", append=OFF),
 )
@@ -158,12 +162,13 @@ def booted(
 @pytest.mark.parametrize(("suite", "name"), STEPS, ids=[": ".join(step) for step in STEPS])
 def test_boot(suite: str, name: str, booted: dict[str, Future[dict[str, boots.Boot]]]) -> None:
     done = booted[suite].result()
-    expected = {step.name: step.end for step in PLANS[suite]}
+    (step,) = (one for one in PLANS[suite] if one.name == name)
     if name not in done:
         pytest.fail(f"not reached: {suite} failed at {list(done)[-1]!r}", pytrace=False)
     print(done[name])
-    if done[name].end != expected[name]:
-        pytest.fail(f"{done[name].end} instead of {expected[name]}, see the report", pytrace=False)
+    if done[name].end != step.end:
+        pytest.fail(f"{done[name].end} instead of {step.end}, see the report", pytrace=False)
+    assert re.search(step.console, done[name].console)
     assert "ERROR: ld.so" not in done[name].console
 
 
@@ -188,7 +193,8 @@ def test_what_goes_wrong_is_seen(
     print(silent)
     assert silent.end.startswith("no status: QEMU ended with status 0")
 
-    fails = one.boot("ksm_test.do=fail")
+    # Without the rest of the system.
+    fails = one.boot("ksm_test.do=fail systemd.unit=ksm-test.service")
     print(fails)
     assert fails.end == "status 1"
     assert "AssertionError: on purpose" in fails.report

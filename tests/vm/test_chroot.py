@@ -200,9 +200,10 @@ def test_a_broken_library_is_found_before_anything_is_written(root: Root) -> Non
     finally:
         repair()
     # The loader, asked for the library's path, dies of it already.
-    assert said.returncode != 0
+    assert said.returncode == 1
     assert not root.preload.exists()
-    assert len(said.stderr.splitlines()) <= 2, said.stderr
+    assert "preloaded, programs die of signal 11." in said.stderr
+    assert len(said.stderr.splitlines()) == 2, said.stderr
 
 
 def test_a_library_that_breaks_after_the_rehearsal_is_taken_back(root: Root) -> None:
@@ -222,7 +223,8 @@ def then_break(*arguments):
     return result
 rehearsal.under = then_break
 try:
-    machine.enable_by_preload("/usr/$LIB/libksm_preload_prctl.so")
+    tried = machine.rehearse("/usr/$LIB/libksm_preload_prctl.so")
+    machine.enable_by_preload(tried)
 except machine.KsmtoolError as error:
     print(error.message)
 """
@@ -305,9 +307,48 @@ def test_what_readme_shows(root: Root) -> None:
     assert not root.preload.exists()
 
 
+def test_whatever_the_umask(root: Root) -> None:
+    said = root.run("sh", "-c", f"umask 077; {' '.join(ENABLE)}")
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert root.preload.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_for_root_only_is_refused(root: Root) -> None:
+    root.preload.write_text("/usr/lib/other.so\n")
+    root.preload.chmod(0o600)
+    said = root.run(*ENABLE)
+    assert said.returncode == 1
+    assert "chmod 644 /etc/ld.so.preload" in said.stderr
+    assert root.preload.stat().st_mode & 0o777 == 0o600
+    assert root.preload.read_text() == "/usr/lib/other.so\n"
+
+
+def test_one_run_at_a_time(root: Root) -> None:
+    done = root.run("flock", "/run/ksm-preload.lock", *ENABLE)
+    assert done.returncode == 1
+    assert done.stderr == "ksmtool: Another global-enable or global-disable is under way.\n"
+
+
+def test_status_for_a_user(root: Root) -> None:
+    root.run(*ENABLE)
+    as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    said = root(*as_nobody, "ksmtool", "global-status")
+    assert "programs that start now load it" in said
+    assert "problem" not in said
+
+
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
+def test_without_standard_streams(root: Root, redirection: str) -> None:
+    for command in (" ".join(ENABLE), "ksmtool global-status", "ksmtool global-disable"):
+        said = root.run("sh", "-c", f"{command} {redirection}")
+        assert "Traceback" not in said.stderr + said.stdout
+    assert not root.preload.exists()
+
+
 def test_a_dry_run_changes_nothing(root: Root) -> None:
     said = root(*ENABLE, "--dry-run")
     assert said.endswith(f"/etc/ld.so.preload would be:\n{PRCTL}\n")
+    assert "Nothing of ours" in root("ksmtool", "global-disable", "--dry-run")
     assert not root.preload.exists()
     root.run(*ENABLE)
     assert f"{PRCTL} would be removed" in root("ksmtool", "global-disable", "--dry-run")

@@ -94,6 +94,7 @@ def project(folder: Path) -> Iterator[tuple[str, Path]]:
     yield str(INSTALLED.ksmtool), ksmtool
     for file in (ROOT / "python" / "ksmtool").glob("*.py"):
         yield f"usr/lib/python3/dist-packages/ksmtool/{file.name}", file
+    yield "usr/lib/python3/dist-packages/ksmtool/default_policy", ROOT / "data" / "policy"
     for entry in distribution("ksm-preload").files or ():
         if entry.name == "METADATA":
             yield f"usr/lib/python3/dist-packages/{entry}", Path(str(entry.locate()))
