@@ -35,7 +35,7 @@ def read_state(root: Path = Path("/")) -> State | None:
     """Return what was asked for, None if nothing was. Raises KsmtoolError for a damaged file."""
     try:
         text = (root / STATE).read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         read = json.loads(text)

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: MIT
+"""kernel-enable and its kin on the roots of distributions, and on this machine's own kernel."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from conftest import need
+from distributions import DISTRIBUTIONS, SETTINGS, Distribution
+from ksmtool import boot, kernel, ksmd, owners, profile
+from ksmtool.errors import ExitStatus, KsmtoolError
+from ksmtool.kernel import Ksm
+
+KSMTOOL = "/usr/bin/ksmtool"
+
+
+@pytest.fixture(params=DISTRIBUTIONS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def one(name: str) -> Distribution:
+    return DISTRIBUTIONS[name]
+
+
+@pytest.fixture
+def root(one: Distribution, tmp_path: Path) -> Path:
+    return one.make(tmp_path)
+
+
+class Recorder:
+    """Watches what is written to KSM's files, and answers as the kernel does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written: list[tuple[str, str]] = []
+        self.fail: dict[str, int] = {}
+        real = Path.write_text
+        recorder = self
+
+        def write_text(path: Path, text: str, *arguments: object, **options: object) -> int:
+            if path.parent.name == "ksm" and path.parent.parent.name == "mm":
+                value = text.strip()
+                if recorder.fail.get(path.name):
+                    number = recorder.fail[path.name]
+                    raise OSError(number, os.strerror(number))
+                recorder.written.append((path.name, value))
+                if path.name == "advisor_mode":
+                    # mm/ksm.c, advisor_mode_store and set_advisor_defaults (6.8)
+                    chosen = {"none": "[none] scan-time", "scan-time": "none [scan-time]"}[value]
+                    rate = "100" if value == "none" else "500"
+                    real(path.with_name("pages_to_scan"), f"{rate}\n")
+                    return real(path, f"{chosen}\n")
+                mode = path.with_name("advisor_mode")
+                taken = mode.exists() and "[scan-time]" in mode.read_text()
+                if path.name == "pages_to_scan" and taken:
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(path, text)
+
+        monkeypatch.setattr(Path, "write_text", write_text)
+
+
+@pytest.fixture
+def kernel_files(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def snapshot(root: Path) -> dict[str, object]:
+    return {
+        str(path.relative_to(root)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_text()
+        if path.is_file()
+        else None
+        for path in root.rglob("*")
+    }
+
+
+def test_who_else_is_found(one: Distribution, root: Path) -> None:
+    found = owners.found(root)
+    assert tuple(owner.name for owner in found) == one.others
+    assert any(owner.conflict for owner in found) == bool(one.conflict)
+
+
+def test_a_conflict_is_refused_with_the_ways_out(one: Distribution, root: Path) -> None:
+    before = snapshot(root)
+    if not one.conflict:
+        ksmd.require_ours(root)
+        return
+    with pytest.raises(KsmtoolError, match="has KSM: it ") as raised:
+        ksmd.require_ours(root)
+    assert raised.value.hint is not None
+    assert one.conflict in raised.value.hint
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("chosen", profile.PROFILES)
+def test_enable_and_back(
+    one: Distribution, root: Path, kernel_files: Recorder, chosen: str
+) -> None:
+    ksm = Ksm(root)
+    before = ksm.settings()
+    changes = ksmd.enable(chosen, None, ksm)
+    after = ksm.settings()
+    assert after["run"] == "1"
+    assert {change.name: (change.old, change.new) for change in changes} == {
+        name: (before[name], after[name]) for name in after if before[name] != after[name]
+    }
+    order = [name for name, _ in kernel_files.written]
+    assert order == [name for name in kernel.SETTINGS if name in order], "not the kernel's order"
+    if "advisor_mode" in before and chosen != "gentle":
+        assert after["advisor_mode"] == "scan-time"
+    else:
+        rate = profile.pages_to_scan(profile.PROFILES[chosen].cpu)
+        assert after["pages_to_scan"] == str(rate)
+
+    kernel_files.written.clear()
+    assert ksmd.enable(chosen, None, ksm) == []
+    assert kernel_files.written == []
+
+    ksmd.disable(ksm, unmerge=False)
+    assert ksm.settings() == before
+    assert not (root / ksmd.STATE).exists()
+
+
+def test_what_was_found_first_is_what_comes_back(root: Path, kernel_files: Recorder) -> None:
+    ksm = Ksm(root)
+    before = ksm.settings()
+    ksmd.enable("gentle", None, ksm)
+    ksmd.enable("fast", 30, ksm)
+    state = ksmd.read_state(root)
+    assert state == ksmd.State("fast", 30, before)
+    ksmd.disable(ksm, unmerge=False)
+    assert ksm.settings() == before
+
+
+def test_after_a_boot_it_is_set_again(
+    one: Distribution, root: Path, kernel_files: Recorder
+) -> None:
+    ksm = Ksm(root)
+    ksmd.enable("balanced", None, ksm)
+    wanted = ksm.settings()
+    for name, (since, default) in SETTINGS.items():
+        if since <= one.kernel:
+            (ksm.folder / name).unlink()
+            (ksm.folder / name).touch()
+            with (ksm.folder / name).open("w") as file:
+                file.write(default + "\n")
+    ksmd.apply_state(ksm)
+    assert ksm.settings() == wanted
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EBUSY, errno.EINVAL])
+@pytest.mark.parametrize("nth", range(8))
+def test_when_a_write_fails_all_is_as_it_was(
+    root: Path, kernel_files: Recorder, error: int, nth: int
+) -> None:
+    ksm = Ksm(root)
+    before = snapshot(root)
+    planned = ksmd.planned(ksm, profile.settings(profile.PROFILES["fast"], ksm.settings()))
+    if nth >= len(planned):
+        return
+    kernel_files.fail[planned[nth].name] = error
+    with pytest.raises(KsmtoolError, match=f"Cannot set KSM's {planned[nth].name} to "):
+        ksmd.enable("fast", None, ksm)
+    assert snapshot(root) == before
+
+
+def test_a_state_that_cannot_be_kept_changes_nothing(root: Path, kernel_files: Recorder) -> None:
+    (root / "var/lib/ksm-preload").write_text("in the way\n")
+    before = snapshot(root)
+    with pytest.raises(KsmtoolError, match="Cannot write /var/lib"):
+        ksmd.enable("balanced", None, Ksm(root))
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"profile": "x", "cpu": 1, "found": {}}', "{}"])
+def test_a_damaged_state(tmp_path: Path, text: str) -> None:
+    file = tmp_path / ksmd.STATE
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(KsmtoolError, match="is damaged"):
+        ksmd.read_state(tmp_path)
+
+
+def test_unmerging_wants_the_memory(root: Path, kernel_files: Recorder) -> None:
+    ksm = Ksm(root)
+    with (ksm.folder / "pages_sharing").open("w") as file:
+        file.write("2000000\n")
+    before = snapshot(root)
+    with pytest.raises(KsmtoolError, match="Unmerging needs 8192 MB, and 4096 MB are available"):
+        ksmd.disable(ksm, unmerge=True)
+    assert snapshot(root) == before
+
+
+# ---- At boot ----------------------------------------------------------------------------------
+
+
+def test_what_is_written_for_the_next_boot(name: str, root: Path) -> None:
+    before = snapshot(root)
+    init = boot.init_system(root)
+    files = boot.files(init, KSMTOOL)
+    if "runit" in name or "sysvinit" in name:
+        assert files is None
+        return
+    assert files is not None
+    changed = boot.install(files, root)
+    assert boot.install(files, root) == []
+    assert boot.installed(init, root)
+    if init == "openrc":
+        script = root / "etc/init.d/ksm-preload"
+        assert stat.S_IMODE(script.stat().st_mode) == 0o755
+        assert script.read_text().startswith("#!/sbin/openrc-run\n")
+        assert f"\t{KSMTOOL} kernel-apply\n" in script.read_text()
+        assert os.readlink(root / "etc/runlevels/default/ksm-preload") == "/etc/init.d/ksm-preload"
+    else:
+        unit = (root / "etc/systemd/system/ksm-preload.service").read_text()
+        assert f"ExecStart={KSMTOOL} kernel-apply\n" in unit
+        (after,) = [line for line in unit.splitlines() if line.startswith("After=")]
+        assert {"ksm.service", "qemu-kvm.service", "systemd-tmpfiles-setup.service"} <= set(
+            after.removeprefix("After=").split()
+        )
+    assert len(changed) == 2
+    boot.remove(init, root)
+    after_all = {
+        path: what
+        for path, what in snapshot(root).items()
+        if path not in ("etc/systemd", "etc/systemd/system", "etc/init.d")
+        and not path.endswith("multi-user.target.wants")
+    }
+    assert after_all.items() <= before.items()
+
+
+@pytest.mark.parametrize("nth", range(2))
+def test_when_the_boot_files_cannot_be_written_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    root = DISTRIBUTIONS["alpine"].make(tmp_path)
+    before = set(snapshot(root))
+    files = boot.files("openrc", KSMTOOL)
+    assert files is not None
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if nth == 0:
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        monkeypatch.setattr(Path, "symlink_to", fail)
+    with pytest.raises(KsmtoolError, match="No space left"):
+        boot.install(files, root)
+    assert set(snapshot(root)) - before <= {"etc/init.d"}
+
+
+# ---- Managers that run, containers ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("/bin/bash", "/usr/sbin/ksmtuned"), "ksmtuned"),
+        (("/usr/bin/virt-handler", "-v", "2"), "KubeVirt's virt-handler"),
+        (("/usr/bin/python3", "/usr/sbin/momd"), "MOM (oVirt)"),
+        (("/usr/bin/uksmd",), "uksmd"),
+        (("grep", "-r", "ksmtuned"), None),
+        (("vi", "/etc/ksmtuned.conf"), None),
+    ],
+)
+def test_a_manager_that_runs(tmp_path: Path, words: tuple[str, ...], expected: str | None) -> None:
+    one = DISTRIBUTIONS["debian-13"]
+    root = one.make(tmp_path)
+    one.running(root, 7, *words)
+    assert [owner.name for owner in owners.found(root)] == ([expected] if expected else [])
+
+
+def test_a_masked_manager_is_none(tmp_path: Path) -> None:
+    root = DISTRIBUTIONS["debian-13 with ksmtuned"].make(tmp_path)
+    (root / "etc/systemd/system/ksmtuned.service").symlink_to("/dev/null")
+    assert [owner.name for owner in owners.found(root)] == ["ksm.service"]
+
+
+@pytest.mark.parametrize(
+    "sign", ["run/systemd/container", ".dockerenv", "run/.containerenv", "proc/1/environ"]
+)
+def test_in_a_container_nothing_is_set(tmp_path: Path, sign: str) -> None:
+    need(os.geteuid() == 0, "needs root")
+    root = DISTRIBUTIONS["debian-13"].make(tmp_path)
+    ksmd.require_root_and_host(root)
+    (root / sign).parent.mkdir(parents=True, exist_ok=True)
+    (root / sign).write_text("A=b\0container=lxc\0")
+    with pytest.raises(KsmtoolError, match="This is a container") as raised:
+        ksmd.require_root_and_host(root)
+    assert raised.value.status == ExitStatus.UNSUPPORTED
+
+
+# ---- Profiles -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cpu", "pages"), [(1, 78), (2, 157), (10, 855), (50, 7692), (100, 30000)])
+def test_pages_for_a_share_of_a_cpu(cpu: int, pages: int) -> None:
+    assert profile.pages_to_scan(cpu) == pages
+
+
+def test_a_limit_below_the_advisors_is_kept_without_it() -> None:
+    found = {name: "" for name in SETTINGS}
+    assert profile.settings(profile.PROFILES["fast"], found, 5)["advisor_mode"] == "none"
+    assert profile.settings(profile.PROFILES["fast"], found, 11)["advisor_max_cpu"] == "11"
+
+
+# ---- This kernel ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(ksm: Ksm, tmp_path: Path) -> Ksm:
+    """This kernel's KSM, with a root of its own for our file."""
+    (tmp_path / "sys").symlink_to("/sys")
+    (tmp_path / "proc").symlink_to("/proc")
+    (tmp_path / "var/lib").mkdir(parents=True)
+    return Ksm(tmp_path)
+
+
+@pytest.mark.ksm
+@pytest.mark.parametrize("chosen", profile.PROFILES)
+def test_this_kernel_takes_the_profiles(own: Ksm, chosen: str) -> None:
+    before = own.settings()
+    ksmd.enable(chosen, None, own)
+    assert own.running()
+    assert json.loads((own.root / ksmd.STATE).read_text())["found"] == before
+    ksmd.disable(own, unmerge=False)
+    assert own.settings() == before
