@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""How soon ksmd has merged what there is, and for how much CPU, at each rate.
+
+A fleet of equal CPythons in a group is started with KSM off and everything unmerged; then one
+rate is set, and the merged pages and ksmd's CPU time are read ten times a second, until nothing
+more has been merged for a while. The figures are the time and the CPU seconds to 95 % of the
+most that any rate came to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import common
+
+from ksmtool import ksmd, profile
+from ksmtool.errors import ExitStatus, KsmtoolError
+from ksmtool.kernel import PAGE_SIZE, Ksm
+from ksmtool.trial import Fleet, Options, arms_named, wait_ready
+
+PROGRAM = Path(__file__).parent.parent / "fleet" / "programs" / "python.py"
+DEFAULTS = {
+    "advisor_mode": "none",
+    "pages_to_scan": "100",
+    "sleep_millisecs": "20",
+    "smart_scan": "1",
+    "use_zero_pages": "0",
+    "run": "1",
+}
+# ksmtuned of Debian 4.2015 for a machine of 24 GB that is short of memory: from 64 pages, 300 more
+# each minute up to 1250, every 10 ms.
+KSMTUNED = {**DEFAULTS, "sleep_millisecs": "10"}
+KSMTUNED_MINUTE, KSMTUNED_FIRST, KSMTUNED_MORE, KSMTUNED_MOST = 60.0, 64 + 300, 300, 1250
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look: seconds and ksmd's CPU seconds since the start, pages merged."""
+
+    seconds: float
+    cpu: float
+    merged: int
+
+
+def main() -> int:
+    """Run every rate and print the table; returns the status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
+    parser.add_argument("-n", "--copies", type=int, default=20, help="of CPython (20)")
+    parser.add_argument("--quiet", type=float, default=60, help="seconds without a change (60)")
+    parser.add_argument("--most", type=float, default=400, help="seconds for a rate (400)")
+    given = parser.parse_args()
+    ksm = Ksm()
+    runs: dict[str, list[Sample]] = {}
+    try:
+        with ksm.borrowed() as found:
+            for name, start in rates(ksm, found).items():
+                common.say(name)
+                runs[name] = measured(ksm, start, given)
+    except KsmtoolError as error:
+        print(f"scan: {error.message}", *([error.hint] if error.hint else []), file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("scan: stopped; KSM is as it was, no copy is left", file=sys.stderr)
+        return ExitStatus.INTERRUPTED
+    goal = 0.95 * max(run[-1].merged for run in runs.values())
+    first = reached(runs["the kernel's defaults"], goal)
+    rows = []
+    for name, run in runs.items():
+        there = reached(run, goal)
+        rows.append(
+            (
+                name,
+                f"{run[-1].merged * PAGE_SIZE / 1e6:.0f}",
+                f"{there.seconds:.1f}" if there else "not reached",
+                f"{there.cpu:.2f}" if there else "",
+                f"{first.seconds / there.seconds:.1f}" if there and first else "",
+                f"{run[-1].cpu:.2f}",
+            )
+        )
+    head = ("Rate", "merged MB", "95 % after s", "CPU s by then", "times sooner", "CPU s in all")
+    print(common.markdown(head, rows))
+    shape = {name: [vars(sample) for sample in run] for name, run in runs.items()}
+    common.write_json(given.json, "scan", {"goal_pages": goal, "rates": shape})
+    return ExitStatus.DONE
+
+
+def reached(run: list[Sample], goal: float) -> Sample | None:
+    """Return the first look at which as much was merged."""
+    return next((sample for sample in run if sample.merged >= goal), None)
+
+
+Look = Callable[[], None]
+Start = Callable[[float, Look], None]
+"""Called again and again with the seconds since the start, and what it is to call if it waits."""
+
+
+def rates(ksm: Ksm, found: Mapping[str, str]) -> dict[str, Start]:
+    """Return what sets each rate."""
+
+    def fixed(settings: Mapping[str, str]) -> Start:
+        def start(seconds: float, _look: Look) -> None:
+            if seconds == 0:
+                ksm.apply({name: value for name, value in settings.items() if name in found})
+
+        return start
+
+    def ksmtuned(seconds: float, look: Look) -> None:
+        pages = KSMTUNED_FIRST + int(seconds / KSMTUNED_MINUTE) * KSMTUNED_MORE
+        fixed({**KSMTUNED, "pages_to_scan": str(min(pages, KSMTUNED_MOST))})(0, look)
+
+    def settle(seconds: float, look: Look) -> None:
+        if seconds == 0:
+            fixed(profile.settings(profile.PROFILES["balanced"], found))(0, look)
+            ksmd.settle(ksm, 120, lambda _text, _done: look())
+
+    return {
+        "the kernel's defaults": fixed(DEFAULTS),
+        "ksmtuned's arithmetic": ksmtuned,
+        **{name: fixed(profile.settings(one, found)) for name, one in profile.PROFILES.items()},
+        "balanced --settle": settle,
+    }
+
+
+def measured(ksm: Ksm, start: Start, given: argparse.Namespace) -> list[Sample]:
+    """Return the looks at a fleet of its own."""
+    interpreter = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
+    if interpreter is None:
+        raise KsmtoolError("There is no python3.")
+    ksm.write("run", 2)
+    ksm.write("run", 0)
+    with tempfile.TemporaryDirectory(prefix="scan.") as folder:
+        ready = f"{folder}/ready-{{i}}"
+        command = (interpreter, str(PROGRAM), ready)
+        (arm,) = arms_named(["group"], command)
+        with Fleet(command, arm, given.copies) as fleet:
+            wait_ready(fleet, Options(copies=given.copies, ready_file=ready))
+            return looks(ksm, start, given)
+
+
+def looks(ksm: Ksm, start: Start, given: argparse.Namespace) -> list[Sample]:
+    """Set the rate and look until nothing changes any more."""
+    cpu = ksm.ksmd_cpu_seconds() or 0.0
+    begin = time.monotonic()
+    run: list[Sample] = []
+
+    def look() -> None:
+        now = time.monotonic() - begin
+        run.append(Sample(now, (ksm.ksmd_cpu_seconds() or 0.0) - cpu, ksm.counters().merged))
+
+    start(0, look)
+    most, since = 0, 0.0
+    while True:
+        look()
+        if run[-1].merged > most * 1.005:
+            most, since = run[-1].merged, run[-1].seconds
+        settled = most > 0 and run[-1].seconds - since > given.quiet
+        if settled or run[-1].seconds > given.most:
+            return run
+        start(max(run[-1].seconds, 1e-9), look)
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
