@@ -106,7 +106,7 @@ def test_enable_and_back(
 ) -> None:
     ksm = Ksm(root)
     before = ksm.settings()
-    changes = ksmd.enable(chosen, None, ksm)
+    changes, _ = ksmd.enable(chosen, None, ksm)
     after = ksm.settings()
     assert after["run"] == "1"
     assert {change.name: (change.old, change.new) for change in changes} == {
@@ -121,7 +121,7 @@ def test_enable_and_back(
         assert after["pages_to_scan"] == str(rate)
 
     kernel_files.written.clear()
-    assert ksmd.enable(chosen, None, ksm) == []
+    assert ksmd.enable(chosen, None, ksm) == ([], [])
     assert kernel_files.written == []
 
     ksmd.disable(ksm, unmerge=False)
@@ -178,6 +178,25 @@ def test_a_state_that_cannot_be_kept_changes_nothing(root: Path, kernel_files: R
     with pytest.raises(KsmtoolError, match="Cannot write /var/lib"):
         ksmd.enable("balanced", None, Ksm(root))
     assert snapshot(root) == before
+
+
+def test_boot_files_that_cannot_be_written_change_nothing(
+    root: Path, kernel_files: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = boot.files(boot.init_system(root), KSMTOOL)
+    if files is None:
+        return
+
+    def refuse(*_: object) -> None:
+        raise KsmtoolError("no")
+
+    monkeypatch.setattr(boot, "install", refuse)
+    ksm = Ksm(root)
+    before = ksm.settings()
+    with pytest.raises(KsmtoolError, match="no"):
+        ksmd.enable("fast", None, ksm, files)
+    assert ksm.settings() == before
+    assert not (root / ksmd.STATE).exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"profile": "x", "cpu": 1, "found": {}}', "{}"])

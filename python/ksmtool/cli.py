@@ -474,11 +474,10 @@ def kernel_enable(name: str, cpu: int | None, settle: bool, dry_run: bool) -> No
             click.echo(f"/{path} would be written")
         return
     install.require_trusted(install.ksmtool())
-    changes = ksmd.enable(name, cpu, ksm)
-    if files is not None:
-        for path in boot.install(files):
-            click.echo(f"wrote /{path}")
-    else:
+    changes, paths = ksmd.enable(name, cpu, ksm, files)
+    for path in paths:
+        click.echo(f"wrote /{path}")
+    if files is None:
         click.echo(
             f"To keep it over reboots, put this into /etc/rc.local: {boot.by_hand('ksmtool')}"
         )

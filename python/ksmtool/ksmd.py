@@ -129,10 +129,13 @@ def planned(ksm: Ksm, wanted: Mapping[str, str]) -> list[Change]:
     ]
 
 
-def enable(name: str, cpu: int | None, ksm: Ksm) -> list[Change]:
+def enable(
+    name: str, cpu: int | None, ksm: Ksm, files: boot.Files | None = None
+) -> tuple[list[Change], list[str]]:
     """Switch KSM on with a profile, and keep what was found before the first time.
 
-    Raises KsmtoolError, and everything is as it was.
+    `files` are for the next boot. Returns the settings and the paths that changed. Raises
+    KsmtoolError, and everything is as it was.
     """
     ksm.require()
     known = read_state(ksm.root)
@@ -140,11 +143,16 @@ def enable(name: str, cpu: int | None, ksm: Ksm) -> list[Change]:
     changes = apply(ksm, profile.settings(profile.PROFILES[name], found, cpu))
     try:
         _write_state(State(name, cpu, known.found if known else found), ksm.root)
+        return changes, boot.install(files, ksm.root) if files else []
     except KsmtoolError:
         with contextlib.suppress(KsmtoolError):
             ksm.apply(found)
+        with contextlib.suppress(KsmtoolError, OSError):
+            if known is None:
+                (ksm.root / STATE).unlink(missing_ok=True)
+            else:
+                _write_state(known, ksm.root)
         raise
-    return changes
 
 
 def apply_state(ksm: Ksm) -> list[Change]:
