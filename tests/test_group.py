@@ -851,7 +851,8 @@ def faulty(public_tree: Tree, public: Path) -> Tree:
         '#define KSM_LIBDIR_FROM_BINDIR "../lib/ksm-preload"\n'
     )
     tree.wrapper.unlink()
-    sources = [path for path in SOURCE.glob("*.c") if not path.name.startswith("ksm_preload")]
+    others = ("ksm_preload", "ksm_rescue", "preload_file", "start")
+    sources = [path for path in SOURCE.glob("*.c") if not path.name.startswith(others)]
     options = ["-std=gnu11", "-O1", "-g", "-Wall", "-DKSM_FAULTS", f"-I{include}"]
     done = run(["gcc", *options, "-o", tree.wrapper, *sources])
     assert done.returncode == 0, done.stderr
