@@ -7,11 +7,13 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import need
+from conftest import Tree, need
 from distributions import DISTRIBUTIONS, SETTINGS, Distribution
 from ksmtool import boot, kernel, ksmd, owners, profile
 from ksmtool.errors import ExitStatus, KsmtoolError
@@ -353,3 +355,29 @@ def test_this_kernel_takes_the_profiles(own: Ksm, chosen: str) -> None:
     assert json.loads((own.root / ksmd.STATE).read_text())["found"] == before
     ksmd.disable(own, unmerge=False)
     assert own.settings() == before
+
+
+@pytest.mark.ksm
+def test_settling_merges_what_there_is_and_goes_back_to_the_rate(own: Ksm, tree: Tree) -> None:
+    code = (
+        "import os, time; b = bytearray(8 << 20); b[::4096] = b'x' * 2048; print(); time.sleep(99)"
+    )
+    command = [tree.wrapper, sys.executable, "-uc", code]
+    ksmd.enable("gentle", None, own)
+    rate = own.settings()
+    before = own.counters().merged
+    said: list[str] = []
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as one,
+        subprocess.Popen(command, stdout=subprocess.PIPE) as two,
+    ):
+        for process in (one, two):
+            assert process.stdout is not None
+            process.stdout.readline()
+        ksmd.settle(own, 60, lambda text, _done: said.append(text))
+        merged = own.counters().merged - before
+        one.kill()
+        two.kill()
+    assert merged >= 2 * 2048 - 1
+    assert own.settings() == rate
+    assert said[0].startswith("settling: ")

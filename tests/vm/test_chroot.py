@@ -21,6 +21,7 @@ import pytest
 
 import machine
 from conftest import HERE, Victims, need, run
+from ksmtool.kernel import Ksm
 from test_boots import installed
 
 pytestmark = [pytest.mark.slow, pytest.mark.ksm]
@@ -343,6 +344,36 @@ def test_without_standard_streams(root: Root, redirection: str) -> None:
         said = root.run("sh", "-c", f"{command} {redirection}")
         assert "Traceback" not in said.stderr + said.stdout
     assert not root.preload.exists()
+
+
+@pytest.mark.parametrize("init", ["", "systemd", "openrc"])
+def test_kernel_enable_and_back(root: Root, ksm: Ksm, init: str) -> None:
+    """KSM of this very kernel, which the fixture keeps for us and sets back."""
+    signs = {"systemd": "etc/systemd/system/default.target", "openrc": "etc/runlevels/default/x"}
+    if init:
+        sign = root.folder / signs[init]
+        sign.parent.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+    before = ksm.settings()
+    files = {str(path) for path in (root.folder / "etc").rglob("*")}
+    assert "run: 0 -> 1" in root("ksmtool", "kernel-enable", "--profile", "gentle", "--dry-run")
+    assert ksm.settings() == before
+    said = root("ksmtool", "kernel-enable", "--profile", "gentle")
+    assert "run: 0 -> 1" in said
+    assert ("rc.local" in said) == (init == "")
+    status = json.loads(root("ksmtool", "kernel-status", "--json"))
+    assert (status["merging"], status["profile"]) == (True, "gentle")
+    assert status["kept_over_boots"] == bool(init)
+    ksm.write("run", 0)
+    assert "run: 0 -> 1" in root("ksmtool", "kernel-apply")
+    assert "KSM is set so already" in root("ksmtool", "kernel-enable", "--profile", "gentle")
+    root("ksmtool", "kernel-disable")
+    assert ksm.settings() == before
+    left = {str(path) for path in (root.folder / "etc").rglob("*")} - files
+    assert all(Path(path).is_dir() for path in left), left
+    if init:
+        sign.unlink()
+        shutil.rmtree(root.folder / "etc/runlevels", ignore_errors=True)
 
 
 def test_a_dry_run_changes_nothing(root: Root) -> None:
