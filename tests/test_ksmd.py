@@ -362,7 +362,7 @@ def test_settling_merges_what_there_is_and_goes_back_to_the_rate(own: Ksm, tree:
     code = (
         "import os, time; b = bytearray(8 << 20); b[::4096] = b'x' * 2048; print(); time.sleep(99)"
     )
-    command = [tree.wrapper, sys.executable, "-uc", code]
+    command = [str(tree.wrapper), sys.executable, "-uc", code]
     ksmd.enable("gentle", None, own)
     rate = own.settings()
     before = own.counters().merged
