@@ -90,18 +90,19 @@ def test_a_command_name_with_parentheses(tmp_path: Path) -> None:
 
 def test_descendants_without_some() -> None:
     shell = "sleep 60 & sh -c 'sleep 60 & echo; wait' & wait"
+    others = process.descendants(os.getpid())  # of fixtures
     with subprocess.Popen(["sh", "-c", shell], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        found = process.descendants(os.getpid())
+        found = process.descendants(os.getpid(), without=others)
         try:
             assert found[0] == child.pid
             assert len(found) == 4
-            assert process.descendants(os.getpid(), without=[child.pid]) == []
+            assert process.descendants(os.getpid(), without=[*others, child.pid]) == []
             inner = next(
                 p for p in found if process.parent_of(p) == child.pid and process.descendants(p)
             )
-            assert len(process.descendants(os.getpid(), without=[inner])) == 2
+            assert len(process.descendants(os.getpid(), without=[*others, inner])) == 2
         finally:
             for pid in found:
                 os.kill(pid, 9)
