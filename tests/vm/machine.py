@@ -120,10 +120,10 @@ def base(architecture: Architecture = AMD64) -> Path:
             # What is left are devices, which the kernel makes itself.
 
     left_out = (f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in LEFT_OUT)
-    content = ("--variant=essential", f"--include={','.join(PACKAGES)}", *left_out)
+    packages = ("--variant=essential", f"--include={','.join(PACKAGES)}", *left_out)
     if architecture is not AMD64:
-        content = ("--variant=extract", f"--include={','.join(UNPACKED)}")
-    return made("base", (*content, _codename(), "-"), convert, architecture)
+        packages = ("--variant=extract", f"--include={','.join(UNPACKED)}")
+    return made("base", (*packages, _codename(), "-"), convert, architecture)
 
 
 def archive(files: Iterable[tuple[str, Path]]) -> bytes:
@@ -234,7 +234,10 @@ def made(
     unfinished = file.with_suffix(".part")
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
+        # In a session of its own: when it fails it sends its whole process group a SIGHUP.
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        ) as process,
     ):
         assert process.stdout is not None
         try:
