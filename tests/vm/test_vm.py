@@ -95,6 +95,7 @@ def project(folder: Path) -> Iterator[tuple[str, Path]]:
     for file in (ROOT / "python" / "ksmtool").glob("*.py"):
         yield f"usr/lib/python3/dist-packages/ksmtool/{file.name}", file
     yield "usr/lib/python3/dist-packages/ksmtool/default_policy", ROOT / "data" / "policy"
+    yield "usr/lib/python3/dist-packages/ksmtool/default_policy", ROOT / "data" / "policy"
     for entry in distribution("ksm-preload").files or ():
         if entry.name == "METADATA":
             yield f"usr/lib/python3/dist-packages/{entry}", Path(str(entry.locate()))
@@ -110,7 +111,8 @@ def compiled(
     """Yield what is added for one architecture: what is in C."""
     wrapper, prctl_library = INSTALLED.wrapper, INSTALLED.prctl_library
     follow_library = prctl_library.with_name(FOLLOW)
-    for file in (wrapper, prctl_library, INSTALLED.madvise_library, follow_library):
+    libraries = (prctl_library, INSTALLED.madvise_library, follow_library)
+    for file in (wrapper, INSTALLED.rescue, *libraries):
         yield str(file), built[file.name]
     yield f"{wrapper}-faults", faulty
     for kind, names in programs.items():
@@ -132,8 +134,7 @@ def initramfs(
             return made[architecture.debian]
         files = [*project(folder)]
         if architecture is machine.AMD64:
-            places = (tree.wrapper, tree.prctl_library, tree.madvise_library)
-            built = {file.name: file for file in (*places, tree.prctl_library.with_name(FOLLOW))}
+            built = {file.name: file for file in vars(tree).values()}
             faulty = build(folder / "faulty", options="-DKSM_FAULTS") / "ksm-wrapper"
             files += compiled(victims, PROGRAMS, built, faulty)
             files.append((f"usr{MUSL}", MUSL))  # what came with musl-gcc
