@@ -73,11 +73,7 @@ static char *const *environment(int argc, char **argv, char **envp)
 
 static void say(const char *text)
 {
-    long length = 0;
-
-    while (text[length] != '\0')
-        length++;
-    raw_syscall5(RAW_write, 2, (long)text, length, 0, 0);
+    raw_syscall5(RAW_write, 2, (long)text, (long)text_length(text), 0, 0);
 }
 
 /*

@@ -11,6 +11,7 @@
  */
 #include "preload_file.h"
 #include "rawsys.h"
+#include "text.h"
 
 #include <asm/stat.h>
 #include <asm/statfs.h>
@@ -57,38 +58,6 @@ void start(long *stack) __attribute__((noreturn));
 
 /* ---- Words ------------------------------------------------------------------------------------- */
 
-static size_t length_of(const char *text)
-{
-    size_t length = 0;
-
-    while (text[length] != '\0')
-        length++;
-    return length;
-}
-
-static bool is(const char *a, const char *b)
-{
-    while (*a != '\0' && *a == *b) {
-        a++;
-        b++;
-    }
-    return *a == *b;
-}
-
-static void copy(char *to, const char *from, size_t size)
-{
-    for (size_t i = 0; i < size; i++)
-        to[i] = from[i];
-}
-
-static bool same(const char *a, const char *b, size_t size)
-{
-    for (size_t i = 0; i < size; i++)
-        if (a[i] != b[i])
-            return false;
-    return true;
-}
-
 /* Returns 0 or -errno. */
 static long put(int file, const char *text, size_t size)
 {
@@ -107,7 +76,7 @@ static long put(int file, const char *text, size_t size)
 
 static long say(int file, const char *text)
 {
-    return put(file, text, length_of(text));
+    return put(file, text, text_length(text));
 }
 
 /* Writes VALUE with at least DIGITS digits before END; returns where it begins. */
@@ -141,7 +110,7 @@ static const char *reason(long error)
     {
         char *digits = number(text + sizeof text - 1, (unsigned long)-error, 1);
 
-        copy(text + 6, digits, (size_t)(text + sizeof text - digits));
+        copy_bytes(text + 6, digits, (size_t)(text + sizeof text - digits));
     }
     return text;
 }
@@ -208,7 +177,7 @@ static long copy_attributes(int from, int to)
         return 0;
     if (size < 0)
         return size;
-    for (const char *name = names; name < names + size; name += length_of(name) + 1) {
+    for (const char *name = names; name < names + size; name += text_length(name) + 1) {
         long length = call(fgetxattr, from, name, value, sizeof value);
         long error = length < 0 ? length : call(fsetxattr, to, name, value, length, 0);
 
@@ -392,7 +361,7 @@ static int list(const char *text, size_t size)
     struct preload_name name;
     long error = 0;
 
-    copy(scratch, text, size);
+    copy_bytes(scratch, text, size);
     preload_names_begin(&names, scratch, size);
     while (error == 0 && preload_names_next(&names, &name)) {
         error = say(1, preload_name_is_ours(text + name.start, name.length) ? "ours\t" : "other\t");
@@ -447,17 +416,17 @@ static int take_back(int etc, size_t added, const char *backup)
     long error;
     size_t size;
 
-    copy(scratch, now.text, added);
+    copy_bytes(scratch, now.text, added);
     lock(etc);
     error = new_file < 0 ? new_file : read_file(etc, &now);
-    if (error == 0 && now.exists && now.size == added && same(scratch, now.text, added)) {
+    if (error == 0 && now.exists && now.size == added && same_bytes(scratch, now.text, added)) {
         error = replace(etc, then.text, then.size, &then, mode_of(&then));
         if (error == 0 && backup != NULL)
             call(unlinkat, etc, backup, 0);
     } else if (error == 0) {
-        copy(then.text, now.text, now.size);
+        copy_bytes(then.text, now.text, now.size);
         size = preload_file_remove(now.text, now.size, scratch);
-        if (size != now.size || !same(now.text, then.text, size))
+        if (size != now.size || !same_bytes(now.text, then.text, size))
             error = replace(etc, now.text, size, &now, mode_of(&now));
     }
     if (error < 0)
@@ -482,10 +451,10 @@ static int edit(int etc, const struct request *request)
     if (request->entry != NULL && then.exists && !(then.status.st_mode & 4) && !request->force)
         return fail("/etc/" FILE_NAME " cannot be read by users, so it is for root's programs only", 0);
 
-    copy(now.text, then.text, then.size);
+    copy_bytes(now.text, then.text, then.size);
     now.size = others = preload_file_remove(now.text, then.size, scratch);
     if (request->entry != NULL) {
-        copy(now.text, then.text, then.size);
+        copy_bytes(now.text, then.text, then.size);
         now.size = preload_file_add(now.text, then.size, request->entry, scratch);
         if (now.size == PRELOAD_FILE_IMPOSSIBLE)
             return fail("Whatever is added to /etc/" FILE_NAME " makes it too long, or changes what the"
@@ -496,7 +465,7 @@ static int edit(int etc, const struct request *request)
     size = now.size;
     if (request->dry_run)
         return (error = put(1, now.text, size)) == 0 ? DONE : fail("Cannot write the new file", error);
-    if (size == then.size && same(now.text, then.text, size)) {
+    if (size == then.size && same_bytes(now.text, then.text, size)) {
         say(1, request->entry != NULL ? "/etc/" FILE_NAME " has it already\n"
                                       : "/etc/" FILE_NAME " has no entry of ksm-preload\n");
         return DONE;
@@ -601,19 +570,19 @@ static int main_(int argc, char **argv, char **envp)
     if (is_first && argc < 2)
         return boot(argv, envp);
     for (int i = 1; i < argc; i++) {
-        if (is(argv[i], "--root") && i + 1 < argc)
+        if (same_text(argv[i], "--root") && i + 1 < argc)
             request.root = argv[++i];
-        else if (is(argv[i], "--add") && i + 1 < argc)
+        else if (same_text(argv[i], "--add") && i + 1 < argc)
             request.entry = argv[++i];
-        else if (is(argv[i], "--list"))
+        else if (same_text(argv[i], "--list"))
             request.list = true;
-        else if (is(argv[i], "--dry-run"))
+        else if (same_text(argv[i], "--dry-run"))
             request.dry_run = true;
-        else if (is(argv[i], "--confirm"))
+        else if (same_text(argv[i], "--confirm"))
             request.confirm = true;
-        else if (is(argv[i], "--force"))
+        else if (same_text(argv[i], "--force"))
             request.force = true;
-        else if (is(argv[i], "--remount"))
+        else if (same_text(argv[i], "--remount"))
             request.remount = true;
         else
             return is_first ? boot(argv, envp) : usage();
@@ -623,7 +592,7 @@ static int main_(int argc, char **argv, char **envp)
         (request.confirm && request.dry_run))
         return usage();
     if (request.entry != NULL) {
-        size_t length = length_of(request.entry);
+        size_t length = text_length(request.entry);
 
         for (size_t i = 0; i < length; i++)
             if ((unsigned char)request.entry[i] <= ' ' || request.entry[i] == ':' || request.entry[i] == '#')

@@ -1,23 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 #include "preload_file.h"
+#include "text.h"
 
 static bool separates(char c)
 {
     return c == ' ' || c == '\t' || c == '\n' || c == ':';
-}
-
-static void copy(char *to, const char *from, size_t size)
-{
-    for (size_t i = 0; i < size; i++)
-        to[i] = from[i];
-}
-
-static bool same(const char *a, const char *b, size_t size)
-{
-    for (size_t i = 0; i < size; i++)
-        if (a[i] != b[i])
-            return false;
-    return true;
 }
 
 /*
@@ -92,11 +79,9 @@ bool preload_name_is_ours(const char *text, size_t length)
     while (base > 0 && text[base - 1] != '/')
         base--;
     for (unsigned i = 0; i < sizeof ours / sizeof *ours; i++) {
-        size_t own = 0;
+        size_t own = text_length(ours[i]);
 
-        while (ours[i][own] != '\0')
-            own++;
-        if (length - base == own && same(text + base, ours[i], own))
+        if (length - base == own && same_bytes(text + base, ours[i], own))
             return true;
     }
     return false;
@@ -126,8 +111,8 @@ static bool reads_the_same(const char *without, size_t without_size, const char 
     struct preload_name in_a, in_b;
     bool seen = false;
 
-    copy(scratch, without, without_size);
-    copy(scratch + PRELOAD_FILE_MAX, with, with_size);
+    copy_bytes(scratch, without, without_size);
+    copy_bytes(scratch + PRELOAD_FILE_MAX, with, with_size);
     preload_names_begin(&a, scratch, without_size);
     preload_names_begin(&b, scratch + PRELOAD_FILE_MAX, with_size);
     while (preload_names_next(&b, &in_b)) {
@@ -136,7 +121,7 @@ static bool reads_the_same(const char *without, size_t without_size, const char 
             continue;
         }
         if (!preload_names_next(&a, &in_a) || in_a.length != in_b.length ||
-            !same(without + in_a.start, with + in_b.start, in_a.length))
+            !same_bytes(without + in_a.start, with + in_b.start, in_a.length))
             return false;
     }
     return seen && !preload_names_next(&a, &in_a);
@@ -172,7 +157,7 @@ static bool find_ours(const char *text, size_t size, char *scratch, struct prelo
 {
     struct preload_names names;
 
-    copy(scratch, text, size);
+    copy_bytes(scratch, text, size);
     preload_names_begin(&names, scratch, size);
     while (preload_names_next(&names, name))
         if (preload_name_is_ours(text + name->start, name->length))
@@ -188,13 +173,13 @@ size_t preload_file_remove(char *text, size_t size, char *scratch)
     while (find_ours(text, size, scratch, &name)) {
         struct preload_name cut = cut_of(text, size, name);
 
-        copy(old, text, size);
-        copy(text + cut.start, old + cut.start + cut.length, size - cut.start - cut.length);
+        copy_bytes(old, text, size);
+        copy_bytes(text + cut.start, old + cut.start + cut.length, size - cut.start - cut.length);
         if (reads_the_same(text, size - cut.length, old, size, name, scratch)) {
             size -= cut.length;
             continue;
         }
-        copy(text, old, size);
+        copy_bytes(text, old, size);
         for (size_t i = 0; i < name.length; i++)
             text[name.start + i] = ' ';
     }
@@ -205,33 +190,29 @@ size_t preload_file_add(char *text, size_t size, const char *entry, char *scratc
 {
     static char old[PRELOAD_FILE_MAX];
     struct preload_name name;
-    size_t length = 0, old_size, at;
+    size_t length = text_length(entry), old_size, at;
 
     if (find_ours(text, size, scratch, &name)) {
-        bool is_entry = true;
+        bool is_entry = length == name.length && same_bytes(text + name.start, entry, length) &&
+                        !preload_name_in_comment(text, name);
 
-        for (length = 0; entry[length] != '\0'; length++)
-            is_entry &= length < name.length && text[name.start + length] == entry[length];
-        is_entry &= length == name.length && !preload_name_in_comment(text, name);
         /* Whether it is the only one is seen when it is taken out of a copy. */
-        copy(old, text, size);
+        copy_bytes(old, text, size);
         for (size_t i = 0; i < name.length; i++)
             old[name.start + i] = ' ';
         if (is_entry && !find_ours(old, size, scratch, &name))
             return size;
         size = preload_file_remove(text, size, scratch);
     }
-    while (entry[length] != '\0')
-        length++;
     if (size + length + 1 >= PRELOAD_FILE_MAX)
         return PRELOAD_FILE_IMPOSSIBLE;
-    copy(old, text, size);
+    copy_bytes(old, text, size);
     old_size = size;
 
     at = size > 0 && text[size - 1] != '\n' ? size + 1 : size;
     if (at > size)
         text[size] = '\n';
-    copy(text + at, entry, length);
+    copy_bytes(text + at, entry, length);
     size = at + length;
     if (at == old_size)
         text[size++] = '\n';
@@ -239,9 +220,9 @@ size_t preload_file_add(char *text, size_t size, const char *entry, char *scratc
     if (reads_the_same(old, old_size, text, size, name, scratch))
         return size;
 
-    copy(text, entry, length);
+    copy_bytes(text, entry, length);
     text[length] = '\n';
-    copy(text + length + 1, old, old_size);
+    copy_bytes(text + length + 1, old, old_size);
     size = length + 1 + old_size;
     name.start = 0;
     if (reads_the_same(old, old_size, text, size, name, scratch))

@@ -12,6 +12,8 @@
 #ifndef KSM_SETTINGS_H
 #define KSM_SETTINGS_H
 
+#include "text.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 
@@ -26,15 +28,6 @@ struct settings {
 static inline bool is_called_by_glibc(int argc, char **argv, char **envp)
 {
     return argc >= 0 && argv != NULL && envp == argv + argc + 1;
-}
-
-static inline bool same_text(const char *a, const char *b)
-{
-    while (*a != '\0' && *a == *b) {
-        a++;
-        b++;
-    }
-    return *a == *b;
 }
 
 static inline struct settings read_settings(char *const *envp)

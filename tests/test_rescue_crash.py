@@ -48,19 +48,18 @@ OTHERS, BOTH = b"/a.so\n/b.so", b"/a.so\n/b.so\n" + E
 EDITS = {
     "add to no file": Edit(None, E + b"\n", ADD, mode=0o644),
     "add to others": Edit(OTHERS, BOTH, ADD, removed=OTHERS),
-    "move": Edit(E + b"\n# x\n", b"# x\n" + b"libksm_preload.so\n", ADD, removed=b"# x\n"),
+    "move": Edit(
+        E + b"\n# x\n",
+        b"# x\nlibksm_preload.so\n",
+        ("--add", b"libksm_preload.so", "--force"),
+        removed=b"# x\n",
+    ),
     "remove, others stay": Edit(BOTH, OTHERS, removed=OTHERS),
     "remove, nothing stays": Edit(E + b"\n", None),
     "confirmed": Edit(OTHERS, BOTH, CONFIRM, stdin=b"keep\n", removed=OTHERS),
     "not confirmed": Edit(OTHERS, BOTH, CONFIRM, stdin=b"no\n", confirmed=False, removed=OTHERS),
     "not confirmed, no file": Edit(None, E + b"\n", CONFIRM, confirmed=False, mode=0o644),
 }
-EDITS["move"] = Edit(
-    E + b"\n# x\n",
-    b"# x\nlibksm_preload.so\n",
-    ("--add", b"libksm_preload.so", "--force"),
-    removed=b"# x\n",
-)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksmtool import atomic
 from ksmtool.errors import KsmtoolError
 
 NAME = "ksm-preload"
@@ -104,11 +105,6 @@ def files(init: str, ksmtool: str) -> Files | None:
     return None
 
 
-def by_hand(ksmtool: str) -> str:
-    """Return the line for /etc/rc.local."""
-    return f"{ksmtool} kernel-apply"
-
-
 def install(wanted: Files, root: Path = Path("/")) -> list[str]:
     """Write the files and links; return the paths that changed.
 
@@ -120,7 +116,7 @@ def install(wanted: Files, root: Path = Path("/")) -> list[str]:
         for path, text in wanted.texts.items():
             if before[path] != text:
                 changed.append(path)
-                _write(root / path, text, 0o755 if wanted.executable else 0o644)
+                _write(root / path, text, wanted.executable)
         for path, target in wanted.links.items():
             link = root / path
             if not link.is_symlink() or os.readlink(link) != target:
@@ -135,7 +131,7 @@ def install(wanted: Files, root: Path = Path("/")) -> list[str]:
                 if old is None:
                     (root / path).unlink(missing_ok=True)
                 else:
-                    _write(root / path, old, 0o755 if wanted.executable else 0o644)
+                    _write(root / path, old, wanted.executable)
         raise KsmtoolError(
             f"Cannot write /{changed[-1]}: {error.strerror}.", "Nothing of it is left."
         ) from error
@@ -178,19 +174,9 @@ def _read(file: Path) -> str | None:
         return None
 
 
-def _write(file: Path, text: str, mode: int) -> None:
+def _write(file: Path, text: str, executable: bool) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.new")
-    try:
-        with new.open("w") as output:
-            output.write(text)
-            output.flush()
-            os.fchmod(output.fileno(), mode)
-            os.fsync(output.fileno())
-        new.replace(file)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+    atomic.write(file, text.encode(), 0o755 if executable else 0o644)
 
 
 def _call(command: Sequence[str], root: Path) -> None:

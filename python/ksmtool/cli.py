@@ -478,9 +478,7 @@ def kernel_enable(name: str, cpu: int | None, settle: bool, dry_run: bool) -> No
     for path in paths:
         click.echo(f"wrote /{path}")
     if files is None:
-        click.echo(
-            f"To keep it over reboots, put this into /etc/rc.local: {boot.by_hand('ksmtool')}"
-        )
+        click.echo("To keep it over reboots, put this into /etc/rc.local: ksmtool kernel-apply")
     _print_changes(changes)
     if settle:
         with _progress() as say:

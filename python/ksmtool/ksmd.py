@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmtool import boot, owners, profile
+from ksmtool import atomic, boot, owners, profile
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import PAGE_SIZE, Ksm
 
@@ -52,20 +52,11 @@ def read_state(root: Path = Path("/")) -> State | None:
 
 def _write_state(state: State, root: Path) -> None:
     file = root / STATE
-    new = file.with_suffix(".new")
+    shape = {"schema": 1, "profile": state.profile, "cpu": state.cpu, "found": dict(state.found)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        shape = {
-            "schema": 1,
-            "profile": state.profile,
-            "cpu": state.cpu,
-            "found": dict(state.found),
-        }
-        new.write_text(json.dumps(shape, indent=2) + "\n")
-        new.replace(file)
+        atomic.write(file, (json.dumps(shape, indent=2) + "\n").encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         raise KsmtoolError(f"Cannot write /{STATE}: {error.strerror}.") from error
 
 

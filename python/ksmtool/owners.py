@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksmtool import boot
+
 _WANTS = (
     "etc/systemd/system",
     "run/systemd/system",
@@ -125,18 +127,14 @@ def _enabled(service: str, root: Path) -> bool:
     return any(os.path.lexists(level / service) for level in levels.glob("*"))
 
 
-def _openrc(root: Path) -> bool:
-    return (root / "etc/runlevels").is_dir()
-
-
 def _disable(service: str, root: Path) -> str:
-    if _openrc(root):
+    if boot.init_system(root) == "openrc":
         return f"rc-update del {service} && rc-service {service} stop"
     return f"systemctl disable --now {service}.service"
 
 
 def _restart(service: str, root: Path) -> str:
-    if _openrc(root):
+    if boot.init_system(root) == "openrc":
         return f"rc-service {service} restart"
     return f"systemctl restart {service}.service"
 

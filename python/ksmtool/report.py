@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -14,10 +15,12 @@ from rich.text import Text
 
 from ksmtool.group import Group
 from ksmtool.kernel import PAGE_SIZE
-from ksmtool.ksmd import Status as KsmdStatus
-from ksmtool.machine import Status
 from ksmtool.policy import DEFAULTS, Outcome, Policy, Verdict
 from ksmtool.trial import ArmResult, Trial
+
+if TYPE_CHECKING:  # the modules behind them cost start-up time that other reports do without
+    from ksmtool.ksmd import Status as KsmdStatus
+    from ksmtool.machine import Status
 
 SCHEMA = 1
 MB = 1e6

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksmtool import atomic
 from ksmtool.errors import KsmtoolError
 
 NAME = "50-ksm-preload.conf"
@@ -337,7 +338,7 @@ def _reach(target: Sequence[DropIn], root: Path) -> None:
     Killed in between, it leaves more services out than it should, and never less.
     """
     for base in (SYSTEM, USER):
-        for stale in (root / base).glob(f"*.d/.{NAME}.new"):
+        for stale in (root / base).glob(f"*.d/{atomic.unfinished(Path(NAME))}"):
             stale.unlink()
     there = {one.path: one.on for one in present(root)}
     wanted_on = {one.path for one in target if one.on}
@@ -355,7 +356,7 @@ def _reach(target: Sequence[DropIn], root: Path) -> None:
 
 def _remove(file: Path) -> None:
     file.unlink(missing_ok=True)
-    _sync(file.parent)
+    atomic.sync(file.parent)
     with contextlib.suppress(OSError):
         file.parent.rmdir()  # stays if it holds anything else
 
@@ -363,32 +364,16 @@ def _remove(file: Path) -> None:
 def _put(file: Path, content: bytes) -> None:
     made = not file.parent.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.new")
     try:
         if made:
             file.parent.chmod(0o755)  # whatever the umask: user managers have to read it
-            _sync(file.parent.parent)
-        with new.open("wb") as output:
-            output.write(content)
-            output.flush()
-            os.fchmod(output.fileno(), 0o644)
-            os.fsync(output.fileno())
-        new.replace(file)
-        _sync(file.parent)
+            atomic.sync(file.parent.parent)
+        atomic.write(file, content)
     except OSError:
-        new.unlink(missing_ok=True)
         if made:
             with contextlib.suppress(OSError):
                 file.parent.rmdir()
         raise
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reload() -> None:

@@ -95,7 +95,6 @@ def project(folder: Path) -> Iterator[tuple[str, Path]]:
     for file in (ROOT / "python" / "ksmtool").glob("*.py"):
         yield f"usr/lib/python3/dist-packages/ksmtool/{file.name}", file
     yield "usr/lib/python3/dist-packages/ksmtool/default_policy", ROOT / "data" / "policy"
-    yield "usr/lib/python3/dist-packages/ksmtool/default_policy", ROOT / "data" / "policy"
     for entry in distribution("ksm-preload").files or ():
         if entry.name == "METADATA":
             yield f"usr/lib/python3/dist-packages/{entry}", Path(str(entry.locate()))
