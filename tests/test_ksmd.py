@@ -319,6 +319,10 @@ def test_in_a_container_nothing_is_set(tmp_path: Path, sign: str) -> None:
     with pytest.raises(KsmtoolError, match="This is a container") as raised:
         ksmd.require_root_and_host(root)
     assert raised.value.status == ExitStatus.UNSUPPORTED
+    # A machine that was made of a container's image.
+    (root / "proc/self/ns").mkdir(parents=True)
+    (root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")
+    ksmd.require_root_and_host(root)
 
 
 # ---- Profiles -----------------------------------------------------------------------------------

@@ -61,7 +61,14 @@ def _write_state(state: State, root: Path) -> None:
 
 
 def in_container(root: Path = Path("/")) -> bool:
-    """Whether this is a container, whose KSM is the host's (systemd's and Podman's own signs)."""
+    """Whether this is a container, whose KSM is the host's (signs of systemd, Podman, Docker).
+
+    The signs can be left over in a machine made of a container's image; what is in the kernel's
+    first PID namespace is none, whatever lies about (include/linux/proc_ns.h, PROC_PID_INIT_INO).
+    """
+    with contextlib.suppress(OSError):
+        if os.readlink(root / "proc/self/ns/pid") == f"pid:[{0xEFFFFFFC}]":
+            return False
     if (root / "run/systemd/container").exists() or (root / "run/.containerenv").exists():
         return True
     if (root / ".dockerenv").exists():

@@ -233,7 +233,7 @@ def status_lines(status: Status) -> list[str]:
     lines.append(f"processes:     {seen.opted_in} of {seen.total} opted in ({share:.0f} %)")
     lines += [f"               {count} {reason}" for reason, count in seen.left_out.most_common()]
     if seen.unreadable:
-        lines.append(f"               {seen.unreadable} more that only root may look at")
+        lines.append(f"               {seen.unreadable} more that may not be looked at")
     return lines
 
 
