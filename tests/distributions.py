@@ -80,7 +80,7 @@ class Distribution:
 
 
 def _os(name: str, version: str = "", like: str = "") -> str:
-    lines = [f"ID={name}", f'NAME="{name}"']
+    lines = [f"ID={name}", f'NAME="{name}"', f'PRETTY_NAME="{name} {version}"']
     lines += [f'VERSION_ID="{version}"'] if version else []
     lines += [f'ID_LIKE="{like}"'] if like else []
     return "\n".join(lines) + "\n"
@@ -129,14 +129,16 @@ DISTRIBUTIONS = {
         {**SYSTEMD, **wanted("ksm.service")},
         ("ksm.service",),
     ),
-    "opensuse-tumbleweed": Distribution(_os("opensuse-tumbleweed"), (6, 17), SYSTEMD),
+    "opensuse-tumbleweed": Distribution(
+        _os("opensuse-tumbleweed", like="opensuse suse"), (6, 17), SYSTEMD
+    ),
     "sles-15": Distribution(_os("sles", "15.7", "suse"), (6, 4), SYSTEMD),
     "arch": Distribution(_os("arch"), (6, 17), SYSTEMD),
     "cachyos": Distribution(
         _os("cachyos", like="arch"),
         (6, 17),
         {**SYSTEMD, **CACHYOS},
-        ("ksmd.service (CachyOS)", "/usr/lib/tmpfiles.d/ksm.conf"),
+        ("ksmd.service", "/usr/lib/tmpfiles.d/ksm.conf"),
         settings={"run": "1", "pages_to_scan": "40"},
     ),
     "alpine": Distribution(_os("alpine", "3.22"), (6, 12), OPENRC),
@@ -145,14 +147,28 @@ DISTRIBUTIONS = {
     "proxmox-ve": Distribution(
         _os("debian", "13"),
         (6, 14),
-        {**SYSTEMD, **KSMTUNED, "etc/pve/": ""},
+        {**SYSTEMD, **KSMTUNED, "usr/bin/pveversion": ""},
         ("ksmtuned", "ksm.service"),
         "KSM_THRES_COEF=95",
         {"run": "1"},
     ),
     "amazon-2023": Distribution(_os("amzn", "2023", "fedora"), (6, 1), SYSTEMD),
+    "raspberry-pi-os": Distribution(
+        _os("debian", "13"), (6, 12), {**SYSTEMD, "etc/rpi-issue": "Raspberry Pi reference\n"}
+    ),
     "void with runit": Distribution(_os("void"), (6, 12), {"etc/runit/": ""}),
     "devuan with sysvinit": Distribution(
         _os("devuan", "5", "debian"), (6, 1), {"etc/inittab": "id:2:initdefault:\n"}
+    ),
+    "devuan with ksmtuned": Distribution(
+        _os("devuan", "5", "debian"),
+        (6, 1),
+        {
+            "etc/inittab": "id:2:initdefault:\n",
+            "etc/rc2.d/S01ksmtuned": "-> ../init.d/ksmtuned",
+            "etc/rc.local": "echo 1 >/sys/kernel/mm/ksm/run\n",
+        },
+        ("ksmtuned", "/etc/rc.local"),
+        "update-rc.d ksmtuned disable && service ksmtuned stop",
     ),
 }

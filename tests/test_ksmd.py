@@ -16,7 +16,7 @@ import pytest
 
 from conftest import Tree
 from distributions import DISTRIBUTIONS, SETTINGS, Distribution
-from ksmtool import boot, kernel, ksmd, owners, profile
+from ksmtool import boot, families, kernel, ksmd, owners, profile, report
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import Ksm
 
@@ -44,6 +44,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.written: list[tuple[str, str]] = []
         self.fail: dict[str, int] = {}
+        self.fail_once: tuple[str, int] | None = None
         real = Path.write_text
         recorder = self
 
@@ -52,6 +53,9 @@ class Recorder:
                 value = text.strip()
                 if recorder.fail.get(path.name):
                     number = recorder.fail[path.name]
+                    raise OSError(number, os.strerror(number))
+                if recorder.fail_once and recorder.fail_once[0] == path.name:
+                    number, recorder.fail_once = recorder.fail_once[1], None
                     raise OSError(number, os.strerror(number))
                 recorder.written.append((path.name, value))
                 if path.name == "advisor_mode":
@@ -89,6 +93,42 @@ def test_who_else_is_found(one: Distribution, root: Path) -> None:
     found = owners.found(root)
     assert tuple(owner.name for owner in found) == one.others
     assert any(owner.conflict for owner in found) == bool(one.conflict)
+
+
+FAMILIES = {
+    "debian": "Debian",
+    "devuan": "Debian",
+    "raspberry": "Raspberry Pi OS",
+    "ubuntu": "Ubuntu",
+    "alma": "Fedora and RHEL",
+    "fedora": "Fedora and RHEL",
+    "opensuse": "SUSE",
+    "sles": "SUSE",
+    "arch": "Arch",
+    "cachyos": "CachyOS",
+    "alpine": "Alpine",
+    "gentoo": "Gentoo",
+    "proxmox": "Proxmox VE",
+    "amazon": "Amazon Linux",
+    "void": "other",
+}
+
+
+def test_the_family(name: str, root: Path) -> None:
+    assert families.family(root).name == FAMILIES[name.partition("-")[0].partition(" ")[0]]
+    assert families.pretty_name(root)
+    # Not of the machine that this runs on.
+    (root / "etc/os-release").unlink()
+    assert families.pretty_name(root) == ""
+    assert families.family(root).name in ("other", "Proxmox VE", "Raspberry Pi OS")
+
+
+def test_a_kernel_without_ksm_and_what_to_do(name: str, root: Path) -> None:
+    (root / "sys/kernel/mm/ksm/run").unlink()
+    with pytest.raises(KsmtoolError, match="This kernel has no KSM") as raised:
+        ksmd.require_host(root)
+    assert raised.value.status == ExitStatus.UNSUPPORTED
+    assert ("Build the kernel" in str(raised.value.hint)) == name.startswith("gentoo")
 
 
 def test_a_conflict_is_refused_with_the_ways_out(one: Distribution, root: Path) -> None:
@@ -129,7 +169,55 @@ def test_enable_and_back(
 
     ksmd.disable(ksm, unmerge=False)
     assert ksm.settings() == before
-    assert not (root / ksmd.STATE).exists()
+    assert not (root / ksmd.STATE).parent.exists()
+
+
+def test_what_is_changed_later_is_told(root: Path, kernel_files: Recorder) -> None:
+    ksm = Ksm(root)
+    ksmd.enable("balanced", None, ksm)
+    assert ksmd.status(ksm, seconds=0).drift == ()
+    ksm.write("run", 0)
+    found = ksmd.status(ksm, seconds=0)
+    assert found.drift == (ksmd.Change("run", "0", "1"),)
+    (line,) = [line for line in report.ksmd_lines(found) if line.startswith("changed: ")]
+    assert line.split(maxsplit=1)[1] == "run is 0, not 1: something else set it"
+
+
+@pytest.mark.parametrize("unmerge", [False, True])
+@pytest.mark.parametrize("step", ["sysfs", "state", "boot", "reload"])
+def test_when_disabling_fails_all_is_as_it_was(
+    root: Path,
+    kernel_files: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    unmerge: bool,
+) -> None:
+    ksm, init = Ksm(root), boot.init_system(root)
+    ksmd.enable("fast", None, ksm, boot.files(init, KSMTOOL))
+    if init not in ("systemd", "openrc") and step in ("boot", "reload"):
+        return
+    before, real, failing = snapshot(root), Path.unlink, True
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        kinds = {"state": "kernel.json", "boot": "ksm-preload.service"}
+        if init == "openrc" and step == "boot":
+            kinds["boot"] = "ksm-preload"
+        if failing and path.name == kinds.get(step) and path.exists():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        real(path, missing_ok)
+
+    def reload(_command: object, _root: object) -> None:
+        if step == "reload":
+            raise KsmtoolError("daemon-reload failed")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(boot, "_call", reload)
+    if step == "sysfs":
+        kernel_files.fail_once = ("use_zero_pages", errno.EBUSY)
+    with pytest.raises(KsmtoolError):
+        ksmd.disable(ksm, unmerge, init)
+    failing = False
+    assert snapshot(root) == before
 
 
 def test_what_was_found_first_is_what_comes_back(root: Path, kernel_files: Recorder) -> None:
@@ -159,16 +247,14 @@ def test_after_a_boot_it_is_set_again(
     assert ksm.settings() == wanted
 
 
-@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EBUSY, errno.EINVAL])
 @pytest.mark.parametrize("nth", range(8))
-def test_when_a_write_fails_all_is_as_it_was(
-    root: Path, kernel_files: Recorder, error: int, nth: int
-) -> None:
+def test_when_a_write_fails_all_is_as_it_was(root: Path, kernel_files: Recorder, nth: int) -> None:
     ksm = Ksm(root)
     before = snapshot(root)
     planned = ksmd.planned(ksm, profile.settings(profile.PROFILES["fast"], ksm.settings()))
     if nth >= len(planned):
         return
+    error = (errno.EROFS, errno.EACCES, errno.EBUSY, errno.EINVAL)[nth % 4]
     kernel_files.fail[planned[nth].name] = error
     with pytest.raises(KsmtoolError, match=f"Cannot set KSM's {planned[nth].name} to "):
         ksmd.enable("fast", None, ksm)
@@ -228,8 +314,12 @@ def test_what_is_written_for_the_next_boot(name: str, root: Path) -> None:
     before = snapshot(root)
     init = boot.init_system(root)
     files = boot.files(init, KSMTOOL)
-    if "runit" in name or "sysvinit" in name:
+    if "void" in name or "devuan" in name:
         assert files is None
+        assert not boot.installed(init, root)
+        for line, there in (("ksmtool kernel-apply", True), ("# ksmtool kernel-apply", False)):
+            (root / boot.LOCAL).write_text(f"#!/bin/sh\n{line}\n")
+            assert boot.installed(init, root) is there
         return
     assert files is not None
     changed = boot.install(files, root)
@@ -292,6 +382,7 @@ def test_when_the_boot_files_cannot_be_written_none_is_left(
         (("/usr/bin/uksmd",), "uksmd"),
         (("grep", "-r", "ksmtuned"), None),
         (("vi", "/etc/ksmtuned.conf"), None),
+        (("less", "/usr/sbin/ksmtuned"), None),
     ],
 )
 def test_a_manager_that_runs(tmp_path: Path, words: tuple[str, ...], expected: str | None) -> None:
@@ -307,22 +398,21 @@ def test_a_masked_manager_is_none(tmp_path: Path) -> None:
     assert [owner.name for owner in owners.found(root)] == ["ksm.service"]
 
 
-@pytest.mark.root
 @pytest.mark.parametrize(
     "sign", ["run/systemd/container", ".dockerenv", "run/.containerenv", "proc/1/environ"]
 )
 def test_in_a_container_nothing_is_set(tmp_path: Path, sign: str) -> None:
     root = DISTRIBUTIONS["debian-13"].make(tmp_path)
-    ksmd.require_root_and_host(root)
+    ksmd.require_host(root)
     (root / sign).parent.mkdir(parents=True, exist_ok=True)
     (root / sign).write_text("A=b\0container=lxc\0")
     with pytest.raises(KsmtoolError, match="This is a container") as raised:
-        ksmd.require_root_and_host(root)
+        ksmd.require_host(root)
     assert raised.value.status == ExitStatus.UNSUPPORTED
     # A machine that was made of a container's image.
     (root / "proc/self/ns").mkdir(parents=True)
     (root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")
-    ksmd.require_root_and_host(root)
+    ksmd.require_host(root)
 
 
 # ---- Profiles -----------------------------------------------------------------------------------

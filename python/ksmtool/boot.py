@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import stat
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from ksmtool import atomic
 from ksmtool.errors import KsmtoolError
 
 NAME = "ksm-preload"
+LOCAL = "etc/rc.local"
+"""Where init systems without units or services of ours have the administrator's own commands."""
 _MARK = "# Written by `ksmtool kernel-enable`; `ksmtool kernel-disable` removes it.\n"
 
 # After all that may set KSM while the machine boots.
@@ -108,81 +112,98 @@ def files(init: str, ksmtool: str) -> Files | None:
 def install(wanted: Files, root: Path = Path("/")) -> list[str]:
     """Write the files and links; return the paths that changed.
 
-    Raises KsmtoolError, and what was written is gone again.
+    Raises KsmtoolError, and all is as it was.
     """
-    changed: list[str] = []
-    before = {path: _read(root / path) for path in wanted.texts}
-    try:
-        for path, text in wanted.texts.items():
-            if before[path] != text:
-                changed.append(path)
-                _write(root / path, text, wanted.executable)
-        for path, target in wanted.links.items():
-            link = root / path
-            if not link.is_symlink() or os.readlink(link) != target:
-                changed.append(path)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.unlink(missing_ok=True)
-                link.symlink_to(target)
-    except OSError as error:
-        for path in changed:
-            old = before.get(path)
-            with contextlib.suppress(OSError):
-                if old is None:
-                    (root / path).unlink(missing_ok=True)
-                else:
-                    _write(root / path, old, wanted.executable)
-        raise KsmtoolError(
-            f"Cannot write /{changed[-1]}: {error.strerror}.", "Nothing of it is left."
-        ) from error
-    if changed:
-        _call(wanted.reload, root)
-    return changed
+    mode = 0o755 if wanted.executable else 0o644
+    entries = {path: _Entry(text=text, mode=mode) for path, text in wanted.texts.items()}
+    entries.update((path, _Entry(link=target)) for path, target in wanted.links.items())
+    return _change(entries, wanted.reload, root)
 
 
 def remove(init: str, root: Path = Path("/")) -> list[str]:
-    """Take away what `install` wrote; return the paths that were there. Raises KsmtoolError."""
+    """Take away what `install` wrote; return the paths that were there.
+
+    Raises KsmtoolError, and all is as it was.
+    """
     known = files(init, "")
     if known is None:
         return []
-    gone = []
-    for path in (*known.links, *known.texts):
-        try:
-            (root / path).unlink()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise KsmtoolError(f"Cannot remove /{path}: {error.strerror}.") from error
-        gone.append(path)
-    if gone:
-        _call(known.reload, root)
-    return gone
+    return _change(dict.fromkeys((*known.links, *known.texts)), known.reload, root)
 
 
 def installed(init: str, root: Path = Path("/")) -> bool:
-    """Whether it will run at boot."""
+    """Whether `ksmtool kernel-apply` will run at boot."""
     known = files(init, "")
-    return known is not None and all(
-        os.path.lexists(root / path) for path in (*known.texts, *known.links)
-    )
+    if known is None:
+        return re.search(r"^[^#]*kernel-apply", _text(root / LOCAL), re.MULTILINE) is not None
+    return all(os.path.lexists(root / path) for path in (*known.texts, *known.links))
 
 
-def _read(file: Path) -> str | None:
-    try:
-        return file.read_text()
-    except FileNotFoundError:
+@dataclass(frozen=True)
+class _Entry:
+    """A file or a symbolic link."""
+
+    text: str = ""
+    mode: int = 0
+    link: str = ""
+
+
+def _entry(path: Path) -> _Entry | None:
+    if path.is_symlink():
+        return _Entry(link=os.readlink(path))
+    if not path.exists():
         return None
+    return _Entry(text=path.read_text(), mode=stat.S_IMODE(path.stat().st_mode))
 
 
-def _write(file: Path, text: str, executable: bool) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(file, text.encode(), 0o755 if executable else 0o644)
+def _put(path: Path, entry: _Entry | None) -> None:
+    if entry is None or entry.link:
+        path.unlink(missing_ok=True)
+    if entry is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if entry.link:
+            path.symlink_to(entry.link)
+        else:
+            atomic.write(path, entry.text.encode(), entry.mode)
+
+
+def _change(wanted: Mapping[str, _Entry | None], reload: Sequence[str], root: Path) -> list[str]:
+    """Make all entries what they shall be, None for gone, or none; return those that changed."""
+    found: dict[str, _Entry | None] = {}
+    try:
+        for path, entry in wanted.items():
+            old = _entry(root / path)
+            if old != entry:
+                found[path] = old
+                _put(root / path, entry)
+        if found:
+            _call(reload, root)
+    except (OSError, KsmtoolError) as error:
+        for path, old in found.items():
+            with contextlib.suppress(OSError):
+                _put(root / path, old)
+        if isinstance(error, KsmtoolError):
+            raise
+        raise KsmtoolError(
+            f"Cannot change /{path}: {error.strerror}.", "What runs at boot is as it was."
+        ) from error
+    return list(found)
 
 
 def _call(command: Sequence[str], root: Path) -> None:
     """Tell an init system that runs on this very machine."""
     if not command or root != Path("/") or not (root / "run/systemd/system").is_dir():
         return
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    except OSError as error:
+        raise KsmtoolError(f"Cannot run {command[0]}: {error.strerror}.") from error
     if done.returncode != 0:
         raise KsmtoolError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -17,7 +17,7 @@ from ksmtool.errors import ExitStatus, KsmtoolError
 
 if TYPE_CHECKING:
     from ksmtool.consent import Company
-    from ksmtool.ksmd import Change
+    from ksmtool.ksmd import Change, Settled
 
 # Options of ours end at the command: `ksmtool wrap ls --help` is ls's help.
 _WRAPPING = {"allow_interspersed_args": False}
@@ -458,32 +458,50 @@ def kernel_enable(name: str, cpu: int | None, settle: bool, dry_run: bool) -> No
     that is said, with the ways out, and nothing is changed.
     """
     from ksmtool import boot, install, ksmd, profile  # noqa: PLC0415
-    from ksmtool.kernel import Ksm  # noqa: PLC0415
+    from ksmtool.kernel import Ksm, ended_as_interrupted, undisturbed  # noqa: PLC0415
 
     ksm = Ksm()
-    ksm.require()
-    ksmd.require_root_and_host()
+    ksmd.require_host()
     for owner in ksmd.require_ours():
         click.echo(f"note: {owner.name} {owner.does}; ours comes after it.")
     init = boot.init_system()
     files = boot.files(init, install.ksmtool())
-    wanted = profile.settings(profile.PROFILES[name], ksm.settings(), cpu)
     if dry_run:
-        _print_changes(ksmd.planned(ksm, wanted))
+        settings = profile.settings(profile.PROFILES[name], ksm.settings(), cpu)
+        _print_changes(ksmd.planned(ksm, settings))
         for path in (*files.texts, *files.links) if files else ():
             click.echo(f"/{path} would be written")
         return
+    ksmd.require_root()
     install.require_trusted(install.ksmtool())
-    changes, paths = ksmd.enable(name, cpu, ksm, files)
-    for path in paths:
-        click.echo(f"wrote /{path}")
-    if files is None:
-        click.echo("To keep it over reboots, put this into /etc/rc.local: ksmtool kernel-apply")
-    _print_changes(changes)
-    if settle:
-        with _progress() as say:
-            seconds = ksmd.settle(ksm, 600, say)
-        click.echo(f"Settled after {seconds:.0f} s; ksmd scans at the rate of {name} now.")
+    with ksm.locked():
+        with undisturbed():
+            changes, paths = ksmd.enable(name, cpu, ksm, files)
+        for path in paths:
+            click.echo(f"wrote /{path}")
+        _print_changes(changes)
+        if not boot.installed(init):
+            click.echo(
+                f"To keep it over reboots, put this into /{boot.LOCAL}: "
+                f"{install.ksmtool()} kernel-apply"
+            )
+        if settle:
+            with ended_as_interrupted(), _progress() as say:
+                _print_settled(ksmd.settle(ksm, _SETTLE_SECONDS, say), name)
+
+
+_SETTLE_SECONDS = 600
+
+
+def _print_settled(result: Settled, name: str) -> None:
+    cpu = (
+        "" if result.cpu_seconds is None else f", for {result.cpu_seconds:.1f} s of ksmd's CPU time"
+    )
+    click.echo(
+        f"{'Settled' if result.settled else 'Not settled'} after {result.seconds:.0f} s: "
+        f"KSM saves {result.saved / 1e6:.0f} MB on this machine{cpu}. "
+        f"It scans at the rate of {name} now."
+    )
 
 
 def _print_changes(changes: Sequence[Change]) -> None:
@@ -499,7 +517,8 @@ def kernel_apply() -> None:
     from ksmtool import ksmd  # noqa: PLC0415
     from ksmtool.kernel import Ksm  # noqa: PLC0415
 
-    ksmd.require_root_and_host()
+    ksmd.require_host()
+    ksmd.require_root()
     _print_changes(ksmd.apply_state(Ksm()))
 
 
@@ -528,19 +547,28 @@ def kernel_status(as_json: bool) -> None:
 def kernel_disable(unmerge: bool, dry_run: bool) -> None:
     """Set KSM as kernel-enable found it, and keep that over reboots."""
     from ksmtool import boot, ksmd  # noqa: PLC0415
-    from ksmtool.kernel import Ksm  # noqa: PLC0415
+    from ksmtool.kernel import Ksm, undisturbed  # noqa: PLC0415
 
     ksm = Ksm()
-    ksm.require()
-    ksmd.require_root_and_host()
+    ksmd.require_host()
     init = boot.init_system()
+    state = ksmd.read_state()
     if dry_run:
-        state = ksmd.read_state()
         _print_changes(ksmd.planned(ksm, state.found if state else {}))
+        if unmerge:
+            click.echo("Every merged page would be unmerged.")
         return
-    for path in boot.remove(init):
+    ksmd.require_root()
+    with ksm.locked(), undisturbed():
+        changes, paths = ksmd.disable(ksm, unmerge, init)
+    for path in paths:
         click.echo(f"removed /{path}")
-    _print_changes(ksmd.disable(ksm, unmerge))
+    if state is None and not paths and not changes:
+        click.echo("Nothing of kernel-enable was there.")
+    else:
+        _print_changes(changes)
+    if boot.installed(init):
+        click.echo(f"Take the line with kernel-apply out of /{boot.LOCAL}, too.")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from ksmtool.errors import ExitStatus, KsmtoolError
 
@@ -72,6 +73,26 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @contextmanager
+def ended_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, with everything put back."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # What is ignored stays so: under nohup SIGHUP is.
+    old = {
+        number: signal.signal(number, interrupt)
+        for number in ENDING
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Hold back the ending signals: a second Ctrl-C must not cut the cleaning up short."""
     old = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
@@ -93,12 +114,12 @@ class Ksm:
         """Whether this kernel was built with CONFIG_KSM."""
         return (self.folder / "run").exists()
 
-    def require(self) -> None:
-        """Raise KsmtoolError with status 4 if this kernel has no KSM."""
+    def require(self, hint: str = "") -> None:
+        """Raise KsmtoolError with status 4 if this kernel has no KSM; `hint` says what to do."""
         if not self.available():
             raise KsmtoolError(
                 "This kernel has no KSM: /sys/kernel/mm/ksm is missing.",
-                "It was built without CONFIG_KSM, or /sys is not mounted here.",
+                hint or "It was built without CONFIG_KSM, or /sys is not mounted here.",
                 ExitStatus.UNSUPPORTED,
             )
 
@@ -190,20 +211,29 @@ class Ksm:
 
     @contextmanager
     def borrowed(self) -> Iterator[dict[str, str]]:
-        """Lock KSM against other borrowers and put every setting back at the end, come what may.
+        """Have KSM to oneself and put every setting back at the end, come what may.
 
-        Yields the settings found. The lock is an flock(2) on the file `run` itself: it needs no
-        file of ours and ends with the process. Raises KsmtoolError if it is held for 10 minutes.
+        Yields the settings found. Raises KsmtoolError as `locked` does.
         """
-        self.require()
-        with (self.folder / "run").open() as file:
-            _lock(file.fileno())
+        with self.locked():
             found = self.settings()
             try:
                 yield found
             finally:
                 with undisturbed():
                     self._restore(found)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Have KSM to oneself: those who borrow it put back what they found.
+
+        The lock is an flock(2) on the file `run` itself: it needs no file of ours and ends with the
+        process. Raises KsmtoolError if it is held for 10 minutes.
+        """
+        self.require()
+        with (self.folder / "run").open() as file:
+            _lock(file.fileno())
+            yield
 
     def ksmd_cpu_seconds(self) -> float | None:
         """Return the CPU time ksmd used since boot; None where it cannot be seen (a container)."""

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmtool import atomic, boot, owners, profile
+from ksmtool import atomic, boot, families, owners, profile
 from ksmtool.errors import ExitStatus, KsmtoolError
-from ksmtool.kernel import PAGE_SIZE, Ksm
+from ksmtool.kernel import PAGE_SIZE, Ksm, undisturbed
 
 STATE = "var/lib/ksm-preload/kernel.json"
 
@@ -29,6 +29,10 @@ class State:
     profile: str
     cpu: int | None
     found: Mapping[str, str]
+
+    def settings(self, ksm: Ksm) -> dict[str, str]:
+        """Return the settings that this kernel has for it."""
+        return profile.settings(profile.PROFILES[self.profile], ksm.settings(), self.cpu)
 
 
 def read_state(root: Path = Path("/")) -> State | None:
@@ -58,6 +62,16 @@ def _write_state(state: State, root: Path) -> None:
         atomic.write(file, (json.dumps(shape, indent=2) + "\n").encode())
     except OSError as error:
         raise KsmtoolError(f"Cannot write /{STATE}: {error.strerror}.") from error
+
+
+def _remove_state(root: Path) -> None:
+    file = root / STATE
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise KsmtoolError(f"Cannot remove /{STATE}: {error.strerror}.") from error
+    with contextlib.suppress(OSError):
+        file.parent.rmdir()
 
 
 def in_container(root: Path = Path("/")) -> bool:
@@ -111,20 +125,13 @@ def apply(ksm: Ksm, wanted: Mapping[str, str]) -> list[Change]:
         with contextlib.suppress(KsmtoolError):
             ksm.apply(before)
         raise
-    after = ksm.settings()
-    return [
-        Change(name, before[name], value) for name, value in after.items() if value != before[name]
-    ]
+    return _changes(before, ksm.settings())
 
 
 def planned(ksm: Ksm, wanted: Mapping[str, str]) -> list[Change]:
     """Return what `apply` would change."""
     found = ksm.settings()
-    return [
-        Change(name, found[name], wanted[name])
-        for name in found
-        if name in wanted and wanted[name] != found[name]
-    ]
+    return _changes(found, {name: wanted.get(name, value) for name, value in found.items()})
 
 
 def enable(
@@ -135,19 +142,19 @@ def enable(
     `files` are for the next boot. Returns the settings and the paths that changed. Raises
     KsmtoolError, and everything is as it was.
     """
-    ksm.require()
     known = read_state(ksm.root)
     found = ksm.settings()
-    changes = apply(ksm, profile.settings(profile.PROFILES[name], found, cpu))
+    state = State(name, cpu, known.found if known else found)
+    changes = apply(ksm, state.settings(ksm))
     try:
-        _write_state(State(name, cpu, known.found if known else found), ksm.root)
+        _write_state(state, ksm.root)
         return changes, boot.install(files, ksm.root) if files else []
     except KsmtoolError:
         with contextlib.suppress(KsmtoolError):
             ksm.apply(found)
         with contextlib.suppress(KsmtoolError, OSError):
             if known is None:
-                (ksm.root / STATE).unlink(missing_ok=True)
+                _remove_state(ksm.root)
             else:
                 _write_state(known, ksm.root)
         raise
@@ -155,36 +162,47 @@ def enable(
 
 def apply_state(ksm: Ksm) -> list[Change]:
     """Set what `enable` has kept: what runs at boot. Raises KsmtoolError if it was never called."""
-    ksm.require()
     state = read_state(ksm.root)
     if state is None:
         raise KsmtoolError(
             f"There is no /{STATE}: nothing to apply.", "Run ksmtool kernel-enable first."
         )
-    wanted = profile.settings(profile.PROFILES[state.profile], ksm.settings(), state.cpu)
-    return apply(ksm, wanted)
+    return apply(ksm, state.settings(ksm))
 
 
-def disable(ksm: Ksm, unmerge: bool) -> list[Change]:
-    """Set what was found before `enable`; with `unmerge`, also give every program its own pages.
+def disable(ksm: Ksm, unmerge: bool, init: str = "") -> tuple[list[Change], list[str]]:
+    """Set what was found before `enable`, and let nothing of ours run at boot.
 
-    Raises KsmtoolError if there is not enough memory for that.
+    With `unmerge`, every program gets pages of its own again, too. Returns the settings and the
+    paths that changed. Raises KsmtoolError, and everything else is as it was; pages that were
+    unmerged meanwhile stay so.
     """
-    ksm.require()
     state = read_state(ksm.root)
     before = ksm.settings()
     if unmerge:
         _require_memory(ksm)
-        ksm.write("run", 2)
-    if state is not None:
-        ksm.apply(dict(state.found))
-    elif unmerge:
-        ksm.write("run", 0)
-    with contextlib.suppress(FileNotFoundError):
-        (ksm.root / STATE).unlink()
+    try:
+        if unmerge:
+            ksm.write("run", 2)
+            ksm.write("run", 0)
+        if state is not None:
+            ksm.apply(dict(state.found))
+        _remove_state(ksm.root)
+        gone = boot.remove(init, ksm.root)
+    except KsmtoolError:
+        with contextlib.suppress(KsmtoolError):
+            ksm.apply(before)
+        with contextlib.suppress(KsmtoolError):
+            if state is not None:
+                _write_state(state, ksm.root)
+        raise
     after = ksm.settings()
+    return _changes(before, after), gone
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
     return [
-        Change(name, before[name], after[name]) for name in after if after[name] != before[name]
+        Change(name, before[name], value) for name, value in after.items() if value != before[name]
     ]
 
 
@@ -201,15 +219,27 @@ def _require_memory(ksm: Ksm) -> None:
         )
 
 
-def settle(ksm: Ksm, timeout: float, say: Callable[[str, float], None]) -> float:
+@dataclass(frozen=True)
+class Settled:
+    """What scanning as fast as it goes came to."""
+
+    settled: bool
+    """False: the time was up."""
+    seconds: float
+    saved: int
+    """Bytes on the whole machine, less the kernel's records: general_profit."""
+    cpu_seconds: float | None
+    """ksmd's, None where they cannot be seen."""
+
+
+def settle(ksm: Ksm, timeout: float, say: Callable[[str, float], None]) -> Settled:
     """Scan as fast as ksmd can until merging has settled, then go back to the rate found.
 
-    Settled is: two full passes in a row by each of which less than 1 % more was merged. Returns
-    the seconds it took. Raises KsmtoolError with everything as it was.
+    Settled is: two full passes in a row by each of which less than 1 % more was merged; the time
+    is up after `timeout` seconds. Raises KsmtoolError with everything as it was.
     """
-    ksm.require()
     found = ksm.settings()
-    start = time.monotonic()
+    start, cpu = time.monotonic(), ksm.ksmd_cpu_seconds()
     try:
         ksm.apply(profile.settings(profile.SETTLING, found))
         quiet = 0
@@ -218,7 +248,8 @@ def settle(ksm: Ksm, timeout: float, say: Callable[[str, float], None]) -> float
             now = ksm.counters()
             seconds = time.monotonic() - start
             say(
-                f"settling: {now.merged * PAGE_SIZE / 1e6:.0f} MB merged", min(seconds / timeout, 1)
+                f"settling: KSM saves {now.general_profit_bytes / 1e6:.0f} MB",
+                min(seconds / timeout, 1),
             )
             if now.full_scans > scans:
                 quiet = quiet + 1 if now.merged <= merged * 1.01 else 0
@@ -227,8 +258,15 @@ def settle(ksm: Ksm, timeout: float, say: Callable[[str, float], None]) -> float
                 break
             time.sleep(0.05)
     finally:
-        ksm.apply(found)
-    return time.monotonic() - start
+        with undisturbed():
+            ksm.apply(found)
+    after = ksm.ksmd_cpu_seconds()
+    return Settled(
+        settled=quiet >= 2,
+        seconds=time.monotonic() - start,
+        saved=ksm.counters().general_profit_bytes,
+        cpu_seconds=None if cpu is None or after is None else after - cpu,
+    )
 
 
 @dataclass(frozen=True)
@@ -247,12 +285,19 @@ class Status:
     """Whether it will be set so at boot."""
     others: tuple[owners.Owner, ...]
     container: bool
+    distribution: str = ""
+    """As os-release(5) has it."""
+    drift: tuple[Change, ...] = ()
+    """What is not as the profile has it, from what it is to what that says."""
 
 
 def status(ksm: Ksm, seconds: float = 1.0) -> Status:
     """Look, for `seconds`. Raises KsmtoolError for a damaged file of ours."""
+    name = families.pretty_name(ksm.root)
     if not ksm.available():
-        return Status({}, False, None, None, "", False, (), in_container(ksm.root))
+        return Status({}, False, None, None, "", False, (), in_container(ksm.root), name)
+    state = read_state(ksm.root)
+    drift = planned(ksm, state.settings(ksm)) if state else []
     before, start = ksm.ksmd_cpu_seconds(), time.monotonic()
     time.sleep(seconds)
     after, took = ksm.ksmd_cpu_seconds(), time.monotonic() - start
@@ -262,21 +307,28 @@ def status(ksm: Ksm, seconds: float = 1.0) -> Status:
         settings=ksm.settings(),
         merging=ksm.running(),
         cpu_percent=100 * ((after or 0) - (before or 0)) / took if known else None,
-        state=read_state(ksm.root),
+        state=state,
         boot=init,
         kept=boot.installed(init, ksm.root),
         others=tuple(owners.found(ksm.root)),
         container=in_container(ksm.root),
+        distribution=name,
+        drift=tuple(drift),
     )
 
 
-def require_root_and_host(root: Path = Path("/")) -> None:
-    """Raise KsmtoolError where KSM cannot be set from: by a user, in a container."""
-    if os.geteuid() != 0:
-        raise KsmtoolError("Only root may set KSM.", "Run it with sudo.", ExitStatus.NEEDS_ROOT)
+def require_host(root: Path = Path("/")) -> None:
+    """Raise KsmtoolError where there is no KSM to set: in a container, in a kernel without it."""
     if in_container(root):
         raise KsmtoolError(
             "This is a container: KSM is the host's to set, and merges over all containers.",
             "Run ksmtool kernel-enable on the host; programs in here can opt in (ksmtool wrap).",
             ExitStatus.UNSUPPORTED,
         )
+    Ksm(root).require(families.family(root).no_ksm)
+
+
+def require_root() -> None:
+    """Raise KsmtoolError for a user."""
+    if os.geteuid() != 0:
+        raise KsmtoolError("Only root may set KSM.", "Run it with sudo.", ExitStatus.NEEDS_ROOT)

@@ -50,23 +50,22 @@ def memory(pid: int, proc: Path = PROC) -> Memory | None:
     """
     folder = proc / str(pid)
     try:
-        rollup = _fields((folder / "smaps_rollup").read_text())
+        sizes = _rollup(folder)
         stat = _ksm_stat(folder)
         mergeable = _is_opted_in(folder, stat)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    kilobytes = {name: int(value.split()[0]) * 1024 for name, value in rollup.items()}
-    if "Rss" not in kilobytes:
+    if "Rss" not in sizes:
         return None
     return Memory(
         processes=1,
-        rss=kilobytes["Rss"],
-        pss=kilobytes["Pss"],
+        rss=sizes["Rss"],
+        pss=sizes["Pss"],
         # Linux 5.4 (ee2ad71b0756); before it, what is not file-backed cannot be told from Pss.
-        pss_anon=kilobytes.get("Pss_Anon", kilobytes["Pss"]),
-        anonymous=kilobytes.get("Anonymous", 0),
-        anon_huge=kilobytes.get("AnonHugePages", 0),
-        swap_pss=kilobytes.get("SwapPss", 0),
+        pss_anon=sizes.get("Pss_Anon", sizes["Pss"]),
+        anonymous=sizes.get("Anonymous", 0),
+        anon_huge=sizes.get("AnonHugePages", 0),
+        swap_pss=sizes.get("SwapPss", 0),
         merging_pages=int(stat.get("ksm_merging_pages", 0)),
         zero_pages=int(stat.get("ksm_zero_pages", 0)),
         rmap_items=int(stat.get("ksm_rmap_items", 0)),
@@ -235,6 +234,21 @@ def _is_opted_in(folder: Path, stat: dict[str, str]) -> bool:
     return False
 
 
-def _fields(text: str) -> dict[str, str]:
-    pairs = (line.partition(":") for line in text.splitlines()[1:])
-    return {name: value for name, _, value in pairs}
+def _rollup(folder: Path) -> dict[str, int]:
+    """Return smaps_rollup, in bytes.
+
+    Linux 6.0 to 6.9 leave a mapping out when another wants the lock meanwhile, such as khugepaged
+    or a thread's mmap (6d065f507d82, also in 6.6.34): then it is less than what statm counts, and
+    is read again. statm itself is off by some pages for each CPU or thread.
+    """
+    resident = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for _ in range(_READINGS):
+        pairs = (line.split() for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
+        found = {name.rstrip(":"): int(value) * 1024 for name, value, _unit in pairs}
+        if found.get("Rss", 0) >= resident - max(resident // 50, 1 << 20):
+            break
+    return found
+
+
+_READINGS = 5
+"""A process that gets smaller meanwhile is below its statm, too."""

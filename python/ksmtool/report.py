@@ -252,6 +252,8 @@ def ksmd_as_json(status: KsmdStatus) -> str:
             "kept_over_boots": status.kept,
             "others": [asdict(owner) for owner in status.others],
             "container": status.container,
+            "distribution": status.distribution,
+            "drift": [asdict(change) for change in status.drift],
         },
         indent=2,
     )
@@ -259,16 +261,19 @@ def ksmd_as_json(status: KsmdStatus) -> str:
 
 def ksmd_lines(status: KsmdStatus) -> list[str]:
     """Return the same as lines for a person."""
+    lines = [f"system:    {status.distribution or '?'}"]
     if not status.settings:
-        return ["KSM:       not in this kernel (CONFIG_KSM), or /sys is not mounted"]
+        return [*lines, "KSM:       not in this kernel (CONFIG_KSM), or /sys is not mounted"]
     cpu = "" if status.cpu_percent is None else f", ksmd takes {status.cpu_percent:.1f} % of a CPU"
-    lines = [f"KSM:       {'merging' if status.merging else 'off'}{cpu}"]
+    lines.append(f"KSM:       {'merging' if status.merging else 'off'}{cpu}")
     state = status.state
     if state is None:
         lines.append("profile:   none of ksmtool kernel-enable")
     else:
         limit = "" if state.cpu is None else f", at most {state.cpu} % of a CPU"
         lines.append(f"profile:   {state.profile}{limit}")
+    for one in status.drift:
+        lines.append(f"changed:   {one.name} is {one.old}, not {one.new}: something else set it")
     lines.append(
         f"boot:      {'set again' if status.kept else 'not set by us'} ({status.boot or '?'})"
     )

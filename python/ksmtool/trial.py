@@ -13,16 +13,16 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO
 
 from ksmtool import group, install, process, program
 from ksmtool.errors import ExitStatus, KsmtoolError
-from ksmtool.kernel import ENDING, PAGE_SIZE, Ksm, undisturbed
+from ksmtool.kernel import PAGE_SIZE, Ksm, ended_as_interrupted, undisturbed
 from ksmtool.process import Memory
 from ksmtool.wrap import plan_for, show
 
@@ -390,7 +390,7 @@ def run(
         )
     _refuse_unrunnable(command[0])
     try:
-        with _terminated_as_interrupted(), ksm.borrowed() as found:
+        with ended_as_interrupted(), ksm.borrowed() as found:
             was_on = ksm.running()
             if not was_on:
                 ksm.write("run", found["run"])  # find out now whether that is allowed
@@ -713,23 +713,3 @@ def _rate(ksm: Ksm, options: Options, was_on: bool) -> str:
     if ksm.number("advisor_max_cpu", -1) >= 0 and ksm.read("advisor_mode") != "none":
         return f"the kernel's {ksm.read('advisor_mode')} advisor"
     return f"{ksm.read('pages_to_scan')} pages every {ksm.read('sleep_millisecs')} ms"
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a trial as Ctrl-C does, with everything put back."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    # What is ignored stays so: under nohup SIGHUP is.
-    old = {
-        number: signal.signal(number, interrupt)
-        for number in ENDING
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

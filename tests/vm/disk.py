@@ -19,6 +19,7 @@ PACKAGES = (
     "dbus",
     "gpg",
     "gpg-agent",
+    "ksmtuned",
     "libpam-systemd",
     "login",
     "openssh-client",
@@ -71,6 +72,7 @@ cp "$1$ssh/id_ed25519.pub" "$1$ssh/authorized_keys"
 echo "127.0.0.1 $(cut -d" " -f1,2 "$1/etc/ssh/ssh_host_ed25519_key.pub")" >"$1$ssh/known_hosts"
 chroot "$1" chown -R alice: $ssh
 chroot "$1" systemctl --quiet mask $UNNEEDED
+chroot "$1" systemctl --quiet disable ksm.service ksmtuned.service
 mkdir "$1/etc/systemd/system/systemd-udev-trigger.service.d"
 echo "$COLDPLUG" >"$1/etc/systemd/system/systemd-udev-trigger.service.d/few.conf"
 echo "/dev/vda / ext4 defaults 0 0" >"$1/etc/fstab"

@@ -27,6 +27,8 @@ LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
 BROKEN = Path("/project/broken.so")
 DISABLED = Path("/run/ksm-preload.disabled")
 OFF_UNIT = "ksm-preload-off.service"
+KSM_UNIT = "ksm-preload.service"
+KSM_BEFORE = Path("/var/lib/ksm-before.json")
 UNIT_FOLDERS = (Path("/etc/systemd"), Path("/run/systemd"))
 
 BY_LIST, BY_SYSTEMD = "ld.so.preload", "systemd"
@@ -337,6 +339,73 @@ def disable() -> None:
     assert our_files() == []
 
 
+def kernel_enable() -> None:
+    """KSM on, and kept on; what was set before is noted for the boots to come."""
+    KSM_BEFORE.write_text(json.dumps(kernel()["settings"]))
+    changed("ksmtool", "kernel-enable", "--profile", "fast")
+    assert kernel_is_on()
+
+
+def kernel_is_on() -> bool:
+    told = kernel()
+    settings = told["settings"]
+    # Linux 6.8 has the advisor; without it the limit is a number of pages.
+    rate = (
+        ("advisor_mode", "scan-time") if "advisor_mode" in settings else ("sleep_millisecs", "20")
+    )
+    assert settings[rate[0]] == rate[1]
+    assert (told["profile"], told["drift"]) == ("fast", [])
+    assert (told["init"], told["kept_over_boots"], told["others"]) == ("systemd", True, [])
+    return bool(told["merging"] and settings["run"] == "1" and settings["use_zero_pages"] == "1")
+
+
+def kernel_on() -> None:
+    """KSM is on by itself after a boot, set as it was asked for."""
+    assert kernel_is_on()
+    assert output("systemctl", "is-active", KSM_UNIT) == "active"
+    assert output("systemctl", "show", "--value", "--property=Result", KSM_UNIT) == "success"
+
+
+def kernel_disable() -> None:
+    changed("ksmtool", "kernel-disable")
+    kernel_as_found()
+
+
+def kernel_as_found() -> None:
+    """KSM is set as it was before, and nothing of ours is there to change that."""
+    told = kernel()
+    assert told["settings"] == json.loads(KSM_BEFORE.read_text())
+    assert (told["profile"], told["kept_over_boots"], told["merging"]) == (None, False, False)
+    assert say("systemctl", "cat", KSM_UNIT).returncode == 1
+
+
+def ksmtuned() -> None:
+    """Debian's ksmtuned is seen, told with the ways out, and not fought; the way out is one."""
+    before = kernel()["settings"]
+    output("systemctl", "--quiet", "enable", "--now", "ksmtuned.service")
+    wait_until(lambda: named("ksmtuned"), "ksmtuned runs")
+    told = kernel()
+    assert [(one["name"], one["conflict"]) for one in told["others"]] == [("ksmtuned", True)]
+    said = say("ksmtool", "kernel-enable")
+    assert (said.returncode, said.stdout) == (1, "")
+    assert "ksmtuned has KSM: it " in said.stderr
+    way_out = "systemctl disable --now ksmtuned.service"
+    assert way_out in said.stderr
+    output(*way_out.split(), "--quiet")
+    changed("ksmtool", "kernel-enable", "--profile", "fast")
+    assert kernel()["merging"]
+    changed("ksmtool", "kernel-disable")
+    output("systemctl", "stop", "ksm.service")
+    assert kernel()["settings"]["run"] == before["run"]
+
+
+def kernel() -> dict[str, Any]:
+    """Return what ksmtool says of KSM."""
+    told: dict[str, Any] = json.loads(output("ksmtool", "kernel-status", "--json"))
+    assert told["schema"] == 1
+    return told
+
+
 def break_library() -> None:
     """Let our libraries kill every program, at once: nothing can be started after this."""
     for name in ("libksm_preload.so", "libksm_preload_prctl.so"):
@@ -390,6 +459,11 @@ DO: tuple[Callable[[], None], ...] = (
     enable_list,
     enabled,
     disable,
+    kernel_enable,
+    kernel_on,
+    kernel_disable,
+    kernel_as_found,
+    ksmtuned,
     break_library,
     rescued,
     switched_off,

@@ -46,7 +46,7 @@ class Step:
 
 
 BROKEN = (
-    Step("disabled again", "disabled enable_list break_library"),
+    Step("disabled again", "disabled kernel_as_found ksmtuned enable_list break_library"),
     Step("broken on purpose", "disabled", end="panic", console=DIES),
     Step("rescued", "rescued enable_list", append=RESCUE),
     Step("switched off by the kernel's command line", "switched_off", append=OFF),
@@ -54,14 +54,14 @@ BROKEN = (
 
 PLANS = {
     "trixie": (
-        Step("as Debian is", "plain enable", "systemd"),
-        Step("enabled by systemd", "enabled disable enable_list", "systemd"),
-        Step("enabled by ld.so.preload", "enabled disable"),
+        Step("as Debian is", "plain kernel_enable enable", "systemd"),
+        Step("enabled by systemd", "enabled kernel_on disable enable_list", "systemd"),
+        Step("enabled by ld.so.preload", "enabled kernel_on kernel_disable disable"),
         *BROKEN,
     ),
     "bookworm": (
-        Step("as Debian is", "plain enable"),
-        Step("enabled by ld.so.preload", "enabled disable"),
+        Step("as Debian is", "plain kernel_enable enable"),
+        Step("enabled by ld.so.preload", "enabled kernel_on kernel_disable disable"),
         *BROKEN,
     ),
 }
