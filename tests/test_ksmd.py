@@ -310,6 +310,10 @@ def test_unmerging_wants_the_memory(root: Path, kernel_files: Recorder) -> None:
 # ---- At boot ----------------------------------------------------------------------------------
 
 
+NEVER_BEFORE = {"momd", "mom-vdsm", "uksmd"}
+"""These are in conflict, and no service of theirs sets KSM once and for all."""
+
+
 def test_what_is_written_for_the_next_boot(name: str, root: Path) -> None:
     before = snapshot(root)
     init = boot.init_system(root)
@@ -334,10 +338,17 @@ def test_what_is_written_for_the_next_boot(name: str, root: Path) -> None:
     else:
         unit = (root / "etc/systemd/system/ksm-preload.service").read_text()
         assert f"ExecStart={KSMTOOL} kernel-apply\n" in unit
-        (after,) = [line for line in unit.splitlines() if line.startswith("After=")]
-        assert {"ksm.service", "qemu-kvm.service", "systemd-tmpfiles-setup.service"} <= set(
-            after.removeprefix("After=").split()
-        )
+        after = {
+            name
+            for line in unit.splitlines()
+            if line.startswith("After=")
+            for name in line.removeprefix("After=").split()
+        }
+        early = {"systemd-tmpfiles-setup", "sysfsutils", "rc-local"}
+        of_all = {
+            service for one in families.FAMILIES for m in one.known() for service in m.services
+        }
+        assert {f"{name}.service" for name in early | of_all - NEVER_BEFORE} <= after
     assert len(changed) == 2
     boot.remove(init, root)
     after_all = {
@@ -368,6 +379,48 @@ def test_when_the_boot_files_cannot_be_written_none_is_left(
     with pytest.raises(KsmtoolError, match="No space left"):
         boot.install(files, root)
     assert set(snapshot(root)) - before <= {"etc/init.d"}
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_when_the_init_system_refuses_all_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    root = DISTRIBUTIONS["debian-13"].make(tmp_path)
+    files = boot.files("systemd", KSMTOOL)
+    assert files is not None
+    unit = root / "etc/systemd/system/ksm-preload.service"
+    if older:
+        unit.parent.mkdir(parents=True)
+        unit.write_text(files.texts["etc/systemd/system/ksm-preload.service"] + "# older\n")
+    found = snapshot(root)
+
+    def refuse(_command: object, _root: object) -> None:
+        raise KsmtoolError("systemctl daemon-reload failed: no bus")
+
+    monkeypatch.setattr(boot, "_call", refuse)
+    with pytest.raises(KsmtoolError, match="no bus"):
+        boot.install(files, root)
+    left = snapshot(root)
+    assert {path: left[path] for path in found} == found
+    assert all(left[path] is None for path in left.keys() - found.keys()), left
+
+
+@pytest.mark.parametrize("what", ["another's", "masked"])
+def test_a_unit_of_that_name_that_is_not_ours_stays(tmp_path: Path, what: str) -> None:
+    root = DISTRIBUTIONS["debian-13"].make(tmp_path)
+    unit = root / "etc/systemd/system/ksm-preload.service"
+    unit.parent.mkdir(parents=True)
+    if what == "masked":
+        unit.symlink_to("/dev/null")
+    else:
+        unit.write_text("[Service]\nExecStart=/usr/local/bin/my-own\n")
+    before = snapshot(root)
+    files = boot.files("systemd", KSMTOOL)
+    assert files is not None
+    with pytest.raises(KsmtoolError, match=r"ksm-preload\.service is there, and not of ksmtool"):
+        boot.install(files, root)
+    assert boot.remove("systemd", root) == []
+    assert snapshot(root) == before
 
 
 # ---- Managers that run, containers ---------------------------------------------------------------
@@ -424,9 +477,20 @@ def test_pages_for_a_share_of_a_cpu(cpu: int, pages: int) -> None:
 
 
 def test_a_limit_below_the_advisors_is_kept_without_it() -> None:
-    found = {name: "" for name in SETTINGS}
+    found = {**{name: "" for name in SETTINGS}, "advisor_mode": "none"}
     assert profile.settings(profile.PROFILES["fast"], found, 5)["advisor_mode"] == "none"
     assert profile.settings(profile.PROFILES["fast"], found, 11)["advisor_max_cpu"] == "11"
+
+
+def test_the_advisor_is_not_switched_on_once_ksmd_has_worked() -> None:
+    """See profile.py; what it does then is in tests/vm/guest.py."""
+    found = {**{name: "" for name in SETTINGS}, "advisor_mode": "none"}
+    balanced = profile.PROFILES["balanced"]
+    assert profile.settings(balanced, found, None, 0.05)["advisor_mode"] == "scan-time"
+    late = profile.settings(balanced, found, None, 7.0)
+    assert (late["advisor_mode"], late["pages_to_scan"]) == ("none", "1357")
+    found["advisor_mode"] = "scan-time"
+    assert profile.settings(balanced, found, None, 7.0)["advisor_mode"] == "scan-time"
 
 
 # ---- This kernel ------------------------------------------------------------------------------
@@ -457,6 +521,7 @@ def test_settling_merges_what_there_is_and_goes_back_to_the_rate(own: Ksm, tree:
     code = "b = bytearray(8 << 20); b[::4096] = b'x' * 2048; print(); input()"
     command = [str(tree.wrapper), sys.executable, "-uc", code]
     ksmd.enable("gentle", None, own)
+    state = ksmd.State("gentle", None, {})
     rate = own.settings()
     before = own.counters().merged
     said: list[str] = []
@@ -468,7 +533,30 @@ def test_settling_merges_what_there_is_and_goes_back_to_the_rate(own: Ksm, tree:
             stack.callback(process.kill)
             assert process.stdout is not None
             process.stdout.readline()
-        ksmd.settle(own, 60, lambda text, _done: said.append(text))
+        ksmd.settle(own, state, 60, lambda text, _done: said.append(text))
         assert own.counters().merged - before >= 2 * 2048 - 1
     assert own.settings() == rate
     assert said[0].startswith("settling: ")
+
+
+@pytest.mark.ksm
+def test_settling_that_is_interrupted_goes_back_to_the_rate(own: Ksm) -> None:
+    ksmd.enable("gentle", None, own)
+    state = ksmd.State("gentle", None, {})
+    rate = own.settings()
+
+    def interrupt(_text: str, _done: float) -> None:
+        assert own.settings() != rate
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ksmd.settle(own, state, 60, interrupt)
+    assert own.settings() == rate
+
+
+@pytest.mark.ksm
+def test_settling_ends_when_the_time_is_up(own: Ksm) -> None:
+    ksmd.enable("gentle", None, own)
+    state = ksmd.State("gentle", None, {})
+    result = ksmd.settle(own, state, 1e-3, lambda _text, _done: None)
+    assert not result.settled

@@ -4,7 +4,11 @@
 A fleet of equal CPythons in a group is started with KSM off and everything unmerged; then one
 rate is set, and the merged pages and ksmd's CPU time are read ten times a second, until nothing
 more has been merged for a while. The figures are the time and the CPU seconds to 95 % of the
-most that any rate came to.
+most that any rate came to, and to the end of --settle; and what ksmd takes afterwards, while
+nothing changes.
+
+Where ksmd has worked since boot the profiles have fixed rates (profile.py); --advisor adds what
+the kernel's advisor makes of them all the same.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from ksmtool.kernel import PAGE_SIZE, Ksm
 from ksmtool.trial import Fleet, Options, arms_named, wait_ready
 
 PROGRAM = Path(__file__).parent.parent / "fleet" / "programs" / "python.py"
+NONE = {"advisor_mode": "none"}
 DEFAULTS = {
     "advisor_mode": "none",
     "pages_to_scan": "100",
@@ -47,6 +52,7 @@ class Sample:
     seconds: float
     cpu: float
     merged: int
+    settling: bool
 
 
 def main() -> int:
@@ -54,14 +60,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
     parser.add_argument("-n", "--copies", type=int, default=20, help="of CPython (20)")
-    parser.add_argument("--quiet", type=float, default=60, help="seconds without a change (60)")
+    parser.add_argument("--quiet", type=float, default=40, help="seconds without a change (40)")
+    parser.add_argument("--advisor", action="store_true", help="also the kernel's advisor")
     parser.add_argument("--most", type=float, default=400, help="seconds for a rate (400)")
     given = parser.parse_args()
     ksm = Ksm()
     runs: dict[str, list[Sample]] = {}
     try:
         with ksm.borrowed() as found:
-            for name, start in rates(ksm, found).items():
+            for name, start in rates(ksm, found, given.advisor).items():
                 common.say(name)
                 runs[name] = measured(ksm, start, given)
     except KsmtoolError as error:
@@ -82,10 +89,19 @@ def main() -> int:
                 f"{there.seconds:.1f}" if there else "not reached",
                 f"{there.cpu:.2f}" if there else "",
                 f"{first.seconds / there.seconds:.1f}" if there and first else "",
-                f"{run[-1].cpu:.2f}",
+                f"{settled(run).cpu:.2f}",
+                f"{afterwards(run, given.quiet):.1f}",
             )
         )
-    head = ("Rate", "merged MB", "95 % after s", "CPU s by then", "times sooner", "CPU s in all")
+    head = (
+        "Rate",
+        "merged MB",
+        "95 % after s",
+        "CPU s by then",
+        "times sooner",
+        "CPU s when settled",
+        "% of a CPU afterwards",
+    )
     print(common.markdown(head, rows))
     shape = {name: [vars(sample) for sample in run] for name, run in runs.items()}
     common.write_json(given.json, "scan", {"goal_pages": goal, "rates": shape})
@@ -97,12 +113,28 @@ def reached(run: list[Sample], goal: float) -> Sample | None:
     return next((sample for sample in run if sample.merged >= goal), None)
 
 
-Look = Callable[[], None]
+def settled(run: list[Sample]) -> Sample:
+    """Return the look at which --settle ended, or else that at which nothing more was merged."""
+    waiting = [sample for sample in run if sample.settling]
+    if waiting:
+        return waiting[-1]
+    return next(sample for sample in run if sample.merged >= 0.995 * run[-1].merged)
+
+
+def afterwards(run: list[Sample], quiet: float) -> float:
+    """Return what ksmd took in the second half of the quiet time, in percent of a CPU."""
+    last = run[-1]
+    first = next(sample for sample in run if sample.seconds >= last.seconds - quiet / 2)
+    return 100 * (last.cpu - first.cpu) / (last.seconds - first.seconds)
+
+
+Look = Callable[[bool], None]
+"""Takes whether --settle is at work."""
 Start = Callable[[float, Look], None]
 """Called again and again with the seconds since the start, and what it is to call if it waits."""
 
 
-def rates(ksm: Ksm, found: Mapping[str, str]) -> dict[str, Start]:
+def rates(ksm: Ksm, found: Mapping[str, str], advisor: bool) -> dict[str, Start]:
     """Return what sets each rate."""
 
     def fixed(settings: Mapping[str, str]) -> Start:
@@ -118,14 +150,23 @@ def rates(ksm: Ksm, found: Mapping[str, str]) -> dict[str, Start]:
 
     def settle(seconds: float, look: Look) -> None:
         if seconds == 0:
-            fixed(profile.settings(profile.PROFILES["balanced"], found))(0, look)
-            ksmd.settle(ksm, 120, lambda _text, _done: look())
+            state = ksmd.State("balanced", None, {})
+            fixed(state.settings(ksm))(0, look)
+            ksmd.settle(ksm, state, 120, lambda _text, _done: look(True))
+
+    def rate(name: str) -> Start:
+        used = ksm.ksmd_cpu_seconds() or 0.0
+        return fixed(profile.settings(profile.PROFILES[name], {**found, **NONE}, None, used))
+
+    def by_advisor(name: str) -> Start:
+        return fixed(profile.settings(profile.PROFILES[name], found, None, 0.0))
 
     return {
         "the kernel's defaults": fixed(DEFAULTS),
         "ksmtuned's arithmetic": ksmtuned,
-        **{name: fixed(profile.settings(one, found)) for name, one in profile.PROFILES.items()},
+        **{name: rate(name) for name in profile.PROFILES},
         "balanced --settle": settle,
+        **{f"{name}, by the advisor": by_advisor(name) for name in ("balanced", "fast") if advisor},
     }
 
 
@@ -151,9 +192,10 @@ def looks(ksm: Ksm, start: Start, given: argparse.Namespace) -> list[Sample]:
     begin = time.monotonic()
     run: list[Sample] = []
 
-    def look() -> None:
+    def look(settling: bool = False) -> None:
         now = time.monotonic() - begin
-        run.append(Sample(now, (ksm.ksmd_cpu_seconds() or 0.0) - cpu, ksm.counters().merged))
+        used = (ksm.ksmd_cpu_seconds() or 0.0) - cpu
+        run.append(Sample(now, used, ksm.counters().merged, settling))
 
     start(0, look)
     most, since = 0, 0.0

@@ -28,7 +28,8 @@ _UNIT = (
 Description=Kernel same-page merging as chosen by ksmtool kernel-enable
 ConditionPathExists=/sys/kernel/mm/ksm/run
 ConditionVirtualization=!container
-After=local-fs.target systemd-tmpfiles-setup.service qemu-kvm.service ksm.service ksmd.service
+After=local-fs.target systemd-tmpfiles-setup.service sysfsutils.service rc-local.service
+After=qemu-kvm.service ksm.service ksmtuned.service ksmd.service
 
 [Service]
 Type=oneshot
@@ -48,7 +49,7 @@ description="Kernel same-page merging as chosen by ksmtool kernel-enable"
 
 depend() {{
 	need localmount
-	after sysfs sysfsconf local
+	after sysfs sysfsconf
 }}
 
 start() {{
@@ -112,8 +113,15 @@ def files(init: str, ksmtool: str) -> Files | None:
 def install(wanted: Files, root: Path = Path("/")) -> list[str]:
     """Write the files and links; return the paths that changed.
 
-    Raises KsmtoolError, and all is as it was.
+    Raises KsmtoolError, and all is as it was; also for a file of that name that is not ours, such
+    as the link that masks a unit.
     """
+    for path in wanted.texts:
+        if not _is_ours(_entry(root / path)):
+            raise KsmtoolError(
+                f"/{path} is there, and not of ksmtool kernel-enable.",
+                "Remove it (a link to /dev/null: systemctl unmask), and run this again.",
+            )
     mode = 0o755 if wanted.executable else 0o644
     entries = {path: _Entry(text=text, mode=mode) for path, text in wanted.texts.items()}
     entries.update((path, _Entry(link=target)) for path, target in wanted.links.items())
@@ -126,7 +134,7 @@ def remove(init: str, root: Path = Path("/")) -> list[str]:
     Raises KsmtoolError, and all is as it was.
     """
     known = files(init, "")
-    if known is None:
+    if known is None or not all(_is_ours(_entry(root / path)) for path in known.texts):
         return []
     return _change(dict.fromkeys((*known.links, *known.texts)), known.reload, root)
 
@@ -146,6 +154,10 @@ class _Entry:
     text: str = ""
     mode: int = 0
     link: str = ""
+
+
+def _is_ours(entry: _Entry | None) -> bool:
+    return entry is None or _MARK in entry.text
 
 
 def _entry(path: Path) -> _Entry | None:

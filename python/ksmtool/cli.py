@@ -457,18 +457,18 @@ def kernel_enable(name: str, cpu: int | None, settle: bool, dry_run: bool) -> No
     What was set before is kept for kernel-disable. If another manager sets KSM again and again,
     that is said, with the ways out, and nothing is changed.
     """
-    from ksmtool import boot, install, ksmd, profile  # noqa: PLC0415
+    from ksmtool import boot, install, ksmd  # noqa: PLC0415
     from ksmtool.kernel import Ksm, ended_as_interrupted, undisturbed  # noqa: PLC0415
 
     ksm = Ksm()
     ksmd.require_host()
     for owner in ksmd.require_ours():
-        click.echo(f"note: {owner.name} {owner.does}; ours comes after it.")
+        click.echo(f"note: {owner.name} {owner.does}.")
     init = boot.init_system()
     files = boot.files(init, install.ksmtool())
     if dry_run:
-        settings = profile.settings(profile.PROFILES[name], ksm.settings(), cpu)
-        _print_changes(ksmd.planned(ksm, settings))
+        wanted = ksmd.State(name, cpu, {}).settings(ksm)
+        _print_changes(ksmd.planned(ksm, wanted))
         for path in (*files.texts, *files.links) if files else ():
             click.echo(f"/{path} would be written")
         return
@@ -487,7 +487,8 @@ def kernel_enable(name: str, cpu: int | None, settle: bool, dry_run: bool) -> No
             )
         if settle:
             with ended_as_interrupted(), _progress() as say:
-                _print_settled(ksmd.settle(ksm, _SETTLE_SECONDS, say), name)
+                state = ksmd.State(name, cpu, {})
+                _print_settled(ksmd.settle(ksm, state, _SETTLE_SECONDS, say), name)
 
 
 _SETTLE_SECONDS = 600

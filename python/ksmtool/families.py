@@ -29,7 +29,7 @@ class Manager:
 
     @property
     def conflict(self) -> bool:
-        """Whether it sets KSM again and again; what does so only at boot comes before us."""
+        """Whether it sets KSM again and again."""
         return bool(self.ways_out)
 
 
@@ -93,16 +93,21 @@ EVERYWHERE = (
         ways_out=(_AGAIN,),
     ),
     Manager(
-        "ksm.service", "switches KSM on at boot, and off when it is stopped", services=("ksm",)
+        "ksm.service",
+        "switches KSM on at boot, before us, and off when it is stopped",
+        services=("ksm",),
     ),
     Manager(
         "tmpfiles.d",
-        "sets KSM at boot",
+        "sets KSM at boot, before us",
         files=("etc/tmpfiles.d/*.conf", "usr/lib/tmpfiles.d/*.conf"),
     ),
-    Manager("sysfsutils", "sets KSM at boot", files=("etc/sysfs.conf", "etc/sysfs.d/*.conf")),
-    Manager("local.d", "sets KSM at boot", files=("etc/local.d/*.start",)),
-    Manager("rc.local", "sets KSM at boot", files=("etc/rc.local", "etc/rc.d/rc.local")),
+    Manager(
+        "sysfsutils", "sets KSM at boot, before us", files=("etc/sysfs.conf", "etc/sysfs.d/*.conf")
+    ),
+    # OpenRC's service local is the last of all.
+    Manager("local.d", "sets KSM at boot, after us", files=("etc/local.d/*.start",)),
+    Manager("rc.local", "sets KSM at boot, before us", files=("etc/rc.local", "etc/rc.d/rc.local")),
 )
 
 # The first that fits counts.
@@ -116,7 +121,9 @@ FAMILIES = (
     Family(
         "CachyOS",
         ("cachyos",),
-        managers=(Manager("ksmd.service", "switches KSM on at boot", services=("ksmd",)),),
+        managers=(
+            Manager("ksmd.service", "switches KSM on at boot, before us", services=("ksmd",)),
+        ),
     ),
     Family(
         "Ubuntu",
@@ -124,7 +131,7 @@ FAMILIES = (
         managers=(
             Manager(
                 "qemu-kvm.service",
-                "(package qemu-system-common) sets KSM at boot as KSM_ENABLED in "
+                "(package qemu-system-common) sets KSM at boot, before us, as KSM_ENABLED in "
                 "/etc/default/qemu-kvm says: with AUTO, off in a virtual machine",
                 services=("qemu-kvm",),
             ),
@@ -144,7 +151,7 @@ FAMILIES = (
         managers=(
             Manager(
                 "ksm.service",
-                "(package qemu-ksm) switches KSM on at boot, and off when it is stopped",
+                "(package qemu-ksm) switches KSM on at boot, before us, and off when it is stopped",
                 services=("ksm",),
             ),
         ),

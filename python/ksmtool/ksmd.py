@@ -31,8 +31,9 @@ class State:
     found: Mapping[str, str]
 
     def settings(self, ksm: Ksm) -> dict[str, str]:
-        """Return the settings that this kernel has for it."""
-        return profile.settings(profile.PROFILES[self.profile], ksm.settings(), self.cpu)
+        """Return the settings that this kernel has for it, now."""
+        used = ksm.ksmd_cpu_seconds() or 0.0
+        return profile.settings(profile.PROFILES[self.profile], ksm.settings(), self.cpu, used)
 
 
 def read_state(root: Path = Path("/")) -> State | None:
@@ -232,16 +233,16 @@ class Settled:
     """ksmd's, None where they cannot be seen."""
 
 
-def settle(ksm: Ksm, timeout: float, say: Callable[[str, float], None]) -> Settled:
-    """Scan as fast as ksmd can until merging has settled, then go back to the rate found.
+def settle(ksm: Ksm, state: State, timeout: float, say: Callable[[str, float], None]) -> Settled:
+    """Scan as fast as ksmd can until merging has settled, then go on at the rate of `state`.
 
     Settled is: two full passes in a row by each of which less than 1 % more was merged; the time
-    is up after `timeout` seconds. Raises KsmtoolError with everything as it was.
+    is up after `timeout` seconds. Also if it fails or is interrupted the rate is that of `state`.
+    Raises KsmtoolError.
     """
-    found = ksm.settings()
     start, cpu = time.monotonic(), ksm.ksmd_cpu_seconds()
     try:
-        ksm.apply(profile.settings(profile.SETTLING, found))
+        ksm.apply(profile.settings(profile.SETTLING, ksm.settings()))
         quiet = 0
         scans, merged = ksm.counters().full_scans, ksm.counters().merged
         while quiet < 2:
@@ -259,7 +260,7 @@ def settle(ksm: Ksm, timeout: float, say: Callable[[str, float], None]) -> Settl
             time.sleep(0.05)
     finally:
         with undisturbed():
-            ksm.apply(found)
+            ksm.apply(state.settings(ksm))
     after = ksm.ksmd_cpu_seconds()
     return Settled(
         settled=quiet >= 2,

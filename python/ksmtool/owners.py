@@ -2,7 +2,7 @@
 """Who else sets KSM on this machine: found by what is really there.
 
 A manager that writes again and again is in conflict with us; what only sets it while the machine
-boots is not, since our unit comes after it.
+boots is not: our unit comes after nearly all of them.
 """
 
 from __future__ import annotations

@@ -397,6 +397,20 @@ def test_kernel_enable_and_back(root: Root, ksm: Ksm, init: str) -> None:
         levels.with_name("no-runlevels").rename(levels)
 
 
+def test_kernel_commands_for_a_user(root: Root) -> None:
+    def as_nobody(command: str) -> subprocess.CompletedProcess[str]:
+        return root.run("su", "-s", "/bin/sh", "nobody", "-c", f"ksmtool {command}")
+
+    for command in ("kernel-enable", "kernel-disable"):
+        assert as_nobody(f"{command} --dry-run").returncode == 0
+        said = as_nobody(command)
+        assert (said.returncode, said.stdout) == (3, "")
+        assert said.stderr == "ksmtool: Only root may set KSM.\nhint: Run it with sudo.\n"
+    status = json.loads(as_nobody("kernel-status --json").stdout)
+    assert (status["profile"], status["drift"]) == (None, [])
+    assert status["distribution"].startswith("Debian GNU/Linux 12")
+
+
 def test_a_dry_run_changes_nothing(root: Root) -> None:
     said = root(*ENABLE, "--dry-run")
     assert said.endswith(f"/etc/ld.so.preload would be:\n{PRCTL}\n")
