@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import AS_NOBODY, Tree, Victims, facts, opted_in, run, wait_until, without_us
-from ksmtool import process
+from ksmtool import process, profile
 from ksmtool.kernel import PAGE_SIZE, Ksm
 from test_malloc import (  # noqa: F401 - tests and fixtures that run here as they are
     by_madvise,
@@ -412,6 +412,27 @@ def test_program_gets_as_many_mappings_as_without_us(
         assert got[1] == most + 5000
     assert got[0] >= got[1] - 10
     assert (ours["little"], ours["much"]) == (plain["little"], plain["much"]) == (["1"], ["1"])
+
+
+def test_the_kernels_advisor_once_ksmd_has_worked(
+    tree: Tree, victims: Victims, ksm: Ksm, measured: Callable[[str], None]
+) -> None:
+    """Linux takes all of ksmd's CPU time since boot for the advisor's first pass: profile.py."""
+    found, fast = ksm.settings(), profile.PROFILES["fast"]
+    if "advisor_mode" not in found:
+        assert not HAS_PRCTL
+        return
+    with holding([(Way((tree.wrapper,)), [victims("pages"), 1, 1000, 1000])] * 2):
+        ksm.write("run", 1)
+        wait_until(lambda: (ksm.ksmd_cpu_seconds() or 0) > 0.5, 60, "ksmd has worked")
+        used = ksm.ksmd_cpu_seconds()
+        assert used is not None
+        assert profile.settings(fast, found, None, used)["advisor_mode"] == "none"
+        ksm.apply(profile.settings(fast, found))
+        first = ksm.read("pages_to_scan")
+        wait_until(lambda: ksm.read("pages_to_scan") != first, 60, "the advisor after a pass")
+        rate = ksm.read("pages_to_scan")
+    measured(f"after {used:.1f} s of ksmd the advisor goes from {first} pages to {rate}")
 
 
 # 64 MiB, and a thread that wants the lock of the mappings all the time.
