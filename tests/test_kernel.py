@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from ksmtool.errors import ExitStatus, KsmtoolError
-from ksmtool.kernel import PAGE_SIZE, Ksm
+from ksmtool.kernel import ENDING, PAGE_SIZE, Ksm, ended_as_interrupted, undisturbed
 
 LINUX_5_10 = {
     "run": "0",
@@ -161,3 +165,55 @@ def test_ksmd_is_found(ksm: Ksm) -> None:
     seconds = ksm.ksmd_cpu_seconds()
     assert seconds is not None
     assert seconds >= 0
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_undisturbed_holds_signals_back_with_other_threads(number: signal.Signals) -> None:
+    """A mask of this thread alone would let another take them."""
+    came: list[int] = []
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    old = signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        with undisturbed():
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+            time.sleep(0)  # where Python would act on them
+            assert came == []
+        assert came == [number]
+    finally:
+        signal.signal(number, old)
+        done.set()
+        other.join()
+
+
+def test_only_the_first_signal_interrupts() -> None:
+    cleaned = False
+
+    def run() -> None:
+        nonlocal cleaned
+        with ended_as_interrupted():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0)
+                cleaned = True
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert cleaned
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_as_interrupted(), undisturbed():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import pytest
 
 from conftest import Tree
 from distributions import DISTRIBUTIONS, SETTINGS, Distribution
-from ksmtool import boot, families, kernel, ksmd, owners, profile, report
+from ksmtool import boot, families, kernel, ksmd, owners, profile, report, state
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import Ksm
+from ksmtool.state import State
 
 KSMTOOL = "/usr/bin/ksmtool"
 
@@ -36,6 +38,10 @@ def one(name: str) -> Distribution:
 @pytest.fixture
 def root(one: Distribution, tmp_path: Path) -> Path:
     return one.make(tmp_path)
+
+
+def off(ksm: Ksm, unmerge: bool = False, init: str = "") -> None:
+    ksmd.disable(state.read(ksm.root), unmerge, ksm, init)
 
 
 class Recorder:
@@ -167,9 +173,9 @@ def test_enable_and_back(
     assert ksmd.enable(chosen, None, ksm) == ([], [])
     assert kernel_files.written == []
 
-    ksmd.disable(ksm, unmerge=False)
+    off(ksm)
     assert ksm.settings() == before
-    assert not (root / ksmd.STATE).parent.exists()
+    assert not (root / state.FILE).parent.exists()
 
 
 def test_what_is_changed_later_is_told(root: Path, kernel_files: Recorder) -> None:
@@ -180,7 +186,7 @@ def test_what_is_changed_later_is_told(root: Path, kernel_files: Recorder) -> No
     found = ksmd.status(ksm, seconds=0)
     assert found.drift == (ksmd.Change("run", "0", "1"),)
     (line,) = [line for line in report.ksmd_lines(found) if line.startswith("changed: ")]
-    assert line.split(maxsplit=1)[1] == "run is 0, not 1: something else set it"
+    assert line.split(maxsplit=1)[1] == "run is 0, the profile says 1"
 
 
 @pytest.mark.parametrize("unmerge", [False, True])
@@ -194,8 +200,6 @@ def test_when_disabling_fails_all_is_as_it_was(
 ) -> None:
     ksm, init = Ksm(root), boot.init_system(root)
     ksmd.enable("fast", None, ksm, boot.files(init, KSMTOOL))
-    if init not in ("systemd", "openrc") and step in ("boot", "reload"):
-        return
     before, real, failing = snapshot(root), Path.unlink, True
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
@@ -214,8 +218,9 @@ def test_when_disabling_fails_all_is_as_it_was(
     monkeypatch.setattr(boot, "_call", reload)
     if step == "sysfs":
         kernel_files.fail_once = ("use_zero_pages", errno.EBUSY)
-    with pytest.raises(KsmtoolError):
-        ksmd.disable(ksm, unmerge, init)
+    if init in ("systemd", "openrc") or step in ("sysfs", "state"):
+        with pytest.raises(KsmtoolError):
+            off(ksm, unmerge, init)
     failing = False
     assert snapshot(root) == before
 
@@ -225,9 +230,9 @@ def test_what_was_found_first_is_what_comes_back(root: Path, kernel_files: Recor
     before = ksm.settings()
     ksmd.enable("gentle", None, ksm)
     ksmd.enable("fast", 30, ksm)
-    state = ksmd.read_state(root)
-    assert state == ksmd.State("fast", 30, before)
-    ksmd.disable(ksm, unmerge=False)
+    mine = {name: value for name, value in before.items() if name in profile.SETS}
+    assert state.read(root) == State("fast", 30, mine)
+    off(ksm)
     assert ksm.settings() == before
 
 
@@ -247,18 +252,62 @@ def test_after_a_boot_it_is_set_again(
     assert ksm.settings() == wanted
 
 
-@pytest.mark.parametrize("nth", range(8))
-def test_when_a_write_fails_all_is_as_it_was(root: Path, kernel_files: Recorder, nth: int) -> None:
+ERRORS = (errno.EROFS, errno.EACCES, errno.EBUSY, errno.EINVAL, errno.ENOENT)
+
+
+def test_when_a_write_fails_all_is_as_it_was(root: Path, kernel_files: Recorder) -> None:
     ksm = Ksm(root)
     before = snapshot(root)
     planned = ksmd.planned(ksm, profile.settings(profile.PROFILES["fast"], ksm.settings()))
-    if nth >= len(planned):
-        return
-    error = (errno.EROFS, errno.EACCES, errno.EBUSY, errno.EINVAL)[nth % 4]
-    kernel_files.fail[planned[nth].name] = error
-    with pytest.raises(KsmtoolError, match=f"Cannot set KSM's {planned[nth].name} to "):
-        ksmd.enable("fast", None, ksm)
-    assert snapshot(root) == before
+    assert len(planned) >= 2
+    for nth, change in enumerate(planned):
+        for error in ERRORS if nth == 0 else (ERRORS[nth % len(ERRORS)],):
+            kernel_files.fail = {change.name: error}
+            with pytest.raises(KsmtoolError, match=f"Cannot set KSM's {change.name} to "):
+                ksmd.enable("fast", None, ksm)
+            kernel_files.fail = {}
+            assert snapshot(root) == before
+
+
+def test_run_of_2_is_not_set_again(root: Path, kernel_files: Recorder) -> None:
+    """It would unmerge the whole machine."""
+    ksm = Ksm(root)
+    ksm.write("run", 2)
+    ksmd.enable("gentle", None, ksm)
+    kernel_files.written.clear()
+    off(ksm)
+    assert [value for name, value in kernel_files.written if name == "run"] == ["0"]
+
+
+def test_what_no_profile_sets_is_left_to_others(root: Path, kernel_files: Recorder) -> None:
+    ksm = Ksm(root)
+    ksmd.enable("gentle", None, ksm)
+    ksm.write("merge_across_nodes", 0)
+    ksm.write("max_page_sharing", 512)
+    others = {name: value for name, value in ksm.settings().items() if name not in profile.SETS}
+    off(ksm)
+    assert others.items() <= ksm.settings().items()
+
+
+def test_without_ksm_our_files_can_be_removed(root: Path, kernel_files: Recorder) -> None:
+    before, init = snapshot(root), boot.init_system(root)
+    ksmd.enable("gentle", None, Ksm(root), boot.files(init, KSMTOOL))
+    shutil.rmtree(root / "sys/kernel/mm/ksm")
+    off(Ksm(root), init=init)
+    left = {path: what for path, what in snapshot(root).items() if what is not None}
+    assert left.items() <= before.items()
+
+
+def test_whatever_the_umask_users_can_look(root: Path, kernel_files: Recorder) -> None:
+    init = boot.init_system(root)
+    old = os.umask(0o077)
+    try:
+        ksmd.enable("gentle", None, Ksm(root), boot.files(init, KSMTOOL))
+    finally:
+        os.umask(old)
+    for file in (root / state.FILE, *(root / path for path in boot.ours(init, root))):
+        assert os.lstat(file).st_mode & 0o444 == 0o444
+        assert file.parent.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_state_that_cannot_be_kept_changes_nothing(root: Path, kernel_files: Recorder) -> None:
@@ -285,16 +334,27 @@ def test_boot_files_that_cannot_be_written_change_nothing(
     with pytest.raises(KsmtoolError, match="no"):
         ksmd.enable("fast", None, ksm, files)
     assert ksm.settings() == before
-    assert not (root / ksmd.STATE).exists()
+    assert not (root / state.FILE).exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"profile": "x", "cpu": 1, "found": {}}', "{}"])
+WHOLE = {"schema": 1, "profile": "fast", "cpu": 1, "found": {}}
+DAMAGED: list[object] = [[], {}, {**WHOLE, "schema": 2}, {**WHOLE, "profile": "x"}]
+DAMAGED += [{**WHOLE, "cpu": cpu} for cpu in (-500, 0, 101, True, "1")] + [{**WHOLE, "found": 1}]
+
+
+def test_a_state_is_read(tmp_path: Path) -> None:
+    (tmp_path / state.FILE).parent.mkdir(parents=True)
+    (tmp_path / state.FILE).write_text(json.dumps(WHOLE))
+    assert state.read(tmp_path) == State("fast", 1, {})
+
+
+@pytest.mark.parametrize("text", ["", "{", "\udcff", *map(json.dumps, DAMAGED)])
 def test_a_damaged_state(tmp_path: Path, text: str) -> None:
-    file = tmp_path / ksmd.STATE
+    file = tmp_path / state.FILE
     file.parent.mkdir(parents=True)
-    file.write_text(text)
+    file.write_bytes(os.fsencode(text))
     with pytest.raises(KsmtoolError, match="is damaged"):
-        ksmd.read_state(tmp_path)
+        state.read(tmp_path)
 
 
 def test_unmerging_wants_the_memory(root: Path, kernel_files: Recorder) -> None:
@@ -303,7 +363,7 @@ def test_unmerging_wants_the_memory(root: Path, kernel_files: Recorder) -> None:
         file.write("2000000\n")
     before = snapshot(root)
     with pytest.raises(KsmtoolError, match="Unmerging needs 8192 MB, and 4096 MB are available"):
-        ksmd.disable(ksm, unmerge=True)
+        off(ksm, unmerge=True)
     assert snapshot(root) == before
 
 
@@ -328,6 +388,9 @@ def test_what_is_written_for_the_next_boot(name: str, root: Path) -> None:
     assert files is not None
     changed = boot.install(files, root)
     assert boot.install(files, root) == []
+    assert not boot.installed(init, root), "nothing is there to be run"
+    (root / KSMTOOL.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+    (root / KSMTOOL.lstrip("/")).touch()
     assert boot.installed(init, root)
     if init == "openrc":
         script = root / "etc/init.d/ksm-preload"
@@ -350,12 +413,12 @@ def test_what_is_written_for_the_next_boot(name: str, root: Path) -> None:
         }
         assert {f"{name}.service" for name in early | of_all - NEVER_BEFORE} <= after
     assert len(changed) == 2
-    boot.remove(init, root)
+    with boot.removed(init, root) as gone:
+        assert sorted(gone) == sorted(changed)
     after_all = {
         path: what
         for path, what in snapshot(root).items()
-        if path not in ("etc/systemd", "etc/systemd/system", "etc/init.d")
-        and not path.endswith("multi-user.target.wants")
+        if what is not None and path != KSMTOOL.lstrip("/")
     }
     assert after_all.items() <= before.items()
 
@@ -419,7 +482,8 @@ def test_a_unit_of_that_name_that_is_not_ours_stays(tmp_path: Path, what: str) -
     assert files is not None
     with pytest.raises(KsmtoolError, match=r"ksm-preload\.service is there, and not of ksmtool"):
         boot.install(files, root)
-    assert boot.remove("systemd", root) == []
+    with boot.removed("systemd", root) as gone:
+        assert gone == []
     assert snapshot(root) == before
 
 
@@ -432,6 +496,7 @@ def test_a_unit_of_that_name_that_is_not_ours_stays(tmp_path: Path, what: str) -
         (("/bin/bash", "/usr/sbin/ksmtuned"), "ksmtuned"),
         (("/usr/bin/virt-handler", "-v", "2"), "KubeVirt's virt-handler"),
         (("/usr/bin/python3", "/usr/sbin/momd"), "MOM (oVirt)"),
+        (("/usr/bin/python3", "-Es", "/usr/share/vdsm/vdsmd"), "MOM (oVirt)"),
         (("/usr/bin/uksmd",), "uksmd"),
         (("grep", "-r", "ksmtuned"), None),
         (("vi", "/etc/ksmtuned.conf"), None),
@@ -445,9 +510,10 @@ def test_a_manager_that_runs(tmp_path: Path, words: tuple[str, ...], expected: s
     assert [owner.name for owner in owners.found(root)] == ([expected] if expected else [])
 
 
-def test_a_masked_manager_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["etc", "run"])
+def test_a_masked_manager_is_none(tmp_path: Path, where: str) -> None:
     root = DISTRIBUTIONS["debian-13 with ksmtuned"].make(tmp_path)
-    (root / "etc/systemd/system/ksmtuned.service").symlink_to("/dev/null")
+    (root / where / "systemd/system/ksmtuned.service").symlink_to("/dev/null")
     assert [owner.name for owner in owners.found(root)] == ["ksm.service"]
 
 
@@ -471,7 +537,9 @@ def test_in_a_container_nothing_is_set(tmp_path: Path, sign: str) -> None:
 # ---- Profiles -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cpu", "pages"), [(1, 78), (2, 157), (10, 855), (50, 7692), (100, 30000)])
+@pytest.mark.parametrize(
+    ("cpu", "pages"), [(1, 78), (2, 157), (10, 855), (50, 7692), (99, 30000), (100, 30000)]
+)
 def test_pages_for_a_share_of_a_cpu(cpu: int, pages: int) -> None:
     assert profile.pages_to_scan(cpu) == pages
 
@@ -511,8 +579,9 @@ def test_this_kernel_takes_the_profiles(own: Ksm, chosen: str) -> None:
     before = own.settings()
     ksmd.enable(chosen, None, own)
     assert own.running()
-    assert json.loads((own.root / ksmd.STATE).read_text())["found"] == before
-    ksmd.disable(own, unmerge=False)
+    kept = json.loads((own.root / state.FILE).read_text())["found"]
+    assert kept.items() <= before.items()
+    off(own)
     assert own.settings() == before
 
 
@@ -521,7 +590,7 @@ def test_settling_merges_what_there_is_and_goes_back_to_the_rate(own: Ksm, tree:
     code = "b = bytearray(8 << 20); b[::4096] = b'x' * 2048; print(); input()"
     command = [str(tree.wrapper), sys.executable, "-uc", code]
     ksmd.enable("gentle", None, own)
-    state = ksmd.State("gentle", None, {})
+    kept = State("gentle", None, {})
     rate = own.settings()
     before = own.counters().merged
     said: list[str] = []
@@ -533,7 +602,7 @@ def test_settling_merges_what_there_is_and_goes_back_to_the_rate(own: Ksm, tree:
             stack.callback(process.kill)
             assert process.stdout is not None
             process.stdout.readline()
-        ksmd.settle(own, state, 60, lambda text, _done: said.append(text))
+        ksmd.settle(own, kept, 60, lambda text, _done: said.append(text))
         assert own.counters().merged - before >= 2 * 2048 - 1
     assert own.settings() == rate
     assert said[0].startswith("settling: ")
@@ -542,7 +611,7 @@ def test_settling_merges_what_there_is_and_goes_back_to_the_rate(own: Ksm, tree:
 @pytest.mark.ksm
 def test_settling_that_is_interrupted_goes_back_to_the_rate(own: Ksm) -> None:
     ksmd.enable("gentle", None, own)
-    state = ksmd.State("gentle", None, {})
+    kept = State("gentle", None, {})
     rate = own.settings()
 
     def interrupt(_text: str, _done: float) -> None:
@@ -550,13 +619,65 @@ def test_settling_that_is_interrupted_goes_back_to_the_rate(own: Ksm) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ksmd.settle(own, state, 60, interrupt)
+        ksmd.settle(own, kept, 60, interrupt)
     assert own.settings() == rate
 
 
 @pytest.mark.ksm
 def test_settling_ends_when_the_time_is_up(own: Ksm) -> None:
     ksmd.enable("gentle", None, own)
-    state = ksmd.State("gentle", None, {})
-    result = ksmd.settle(own, state, 1e-3, lambda _text, _done: None)
-    assert not result.settled
+    kept = State("gentle", None, {})
+    result = ksmd.settle(own, kept, 1e-3, lambda _text, _done: None)
+    assert result.end == "late"
+
+
+@pytest.mark.ksm
+def test_settling_ends_where_there_is_nothing_to_merge(own: Ksm) -> None:
+    """ksmd sleeps then: no pass ever ends."""
+    if own.counters().records:
+        own.write("run", 2)
+    ksmd.enable("gentle", None, own)
+    result = ksmd.settle(own, State("gentle", None, {}), 60, lambda _text, _done: None)
+    assert result.end == "idle"
+    assert result.seconds < 30
+
+
+@pytest.mark.ksm
+def test_settling_leaves_the_advisor_on(own: Ksm) -> None:
+    """It could not be switched on again before the next boot."""
+    own.apply({"advisor_mode": "scan-time", "run": "1"})
+    kept = State("fast", 60, {})
+    assert kept.advised(own)
+    ksmd.settle(own, kept, 60, lambda _text, _done: None)
+    after = own.settings()
+    assert after["advisor_mode"] == "scan-time"
+    assert (after["advisor_max_cpu"], after["sleep_millisecs"]) == ("60", "20")
+
+
+@pytest.mark.ksm
+def test_settling_ends_when_somebody_switches_ksm_off(own: Ksm) -> None:
+    ksmd.enable("gentle", None, own)
+
+    def switch_off(_text: str, _done: float) -> None:
+        own.write("run", 0)
+
+    with pytest.raises(KsmtoolError, match="Something else has switched KSM off"):
+        ksmd.settle(own, State("gentle", None, {}), 60, switch_off)
+    assert not own.running()
+    assert own.read("pages_to_scan") == str(profile.pages_to_scan(2))
+
+
+@pytest.mark.ksm
+def test_unmerging_gives_every_page_back(own: Ksm, tree: Tree) -> None:
+    code = "b = bytearray(b'x' * (8 << 20)); print(flush=True); input()"
+    command = [str(tree.wrapper), sys.executable, "-c", code]
+    ksmd.enable("fast", None, own)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        ksmd.settle(own, State("fast", None, {}), 60, lambda _text, _done: None)
+        assert own.counters().pages_sharing > 2000
+        off(own, unmerge=True)
+        assert own.counters().pages_sharing == 0
+        process.communicate(b"\n")
+    assert not own.running()

@@ -27,6 +27,7 @@ from benchmarks import common
 from ksmtool import ksmd, profile
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import PAGE_SIZE, Ksm
+from ksmtool.state import State
 from ksmtool.trial import Fleet, Options, arms_named, wait_ready
 
 PROGRAM = Path(__file__).parent.parent / "fleet" / "programs" / "python.py"
@@ -150,9 +151,9 @@ def rates(ksm: Ksm, found: Mapping[str, str], advisor: bool) -> dict[str, Start]
 
     def settle(seconds: float, look: Look) -> None:
         if seconds == 0:
-            state = ksmd.State("balanced", None, {})
-            fixed(state.settings(ksm))(0, look)
-            ksmd.settle(ksm, state, 120, lambda _text, _done: look(True))
+            kept = State("balanced", None, {})
+            fixed(kept.settings(ksm))(0, look)
+            ksmd.settle(ksm, kept, 120, lambda _text, _done: look(True))
 
     def rate(name: str) -> Start:
         used = ksm.ksmd_cpu_seconds() or 0.0

@@ -13,10 +13,11 @@ def unfinished(file: Path) -> Path:
 
 
 def write(file: Path, content: bytes, mode: int = 0o644) -> None:
-    """Put `content` in the place of `file`, with `mode` whatever the umask.
+    """Put `content` in the place of `file`, with `mode` whatever the umask, as its folders.
 
     Raises OSError, and the old one is there.
     """
+    folders(file.parent)
     new = unfinished(file)
     try:
         with new.open("wb") as output:
@@ -38,3 +39,13 @@ def sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def folders(folder: Path) -> None:
+    """Make `folder` and those above it that are missing, for everybody to read. Raises OSError."""
+    if folder.is_dir():
+        return
+    folders(folder.parent)
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o755)
+    sync(folder.parent)

@@ -8,7 +8,8 @@ import os
 import re
 import stat
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ _UNIT = (
 [Unit]
 Description=Kernel same-page merging as chosen by ksmtool kernel-enable
 ConditionPathExists=/sys/kernel/mm/ksm/run
+ConditionFileIsExecutable={ksmtool}
 ConditionVirtualization=!container
 After=local-fs.target systemd-tmpfiles-setup.service sysfsutils.service rc-local.service
 After=qemu-kvm.service ksm.service ksmtuned.service ksmd.service
@@ -116,72 +118,101 @@ def install(wanted: Files, root: Path = Path("/")) -> list[str]:
     Raises KsmtoolError, and all is as it was; also for a file of that name that is not ours, such
     as the link that masks a unit.
     """
+    mode = 0o755 if wanted.executable else 0o644
+    entries = {path: _Entry(text.encode(), mode) for path, text in wanted.texts.items()}
+    entries.update((path, _Entry(link=target)) for path, target in wanted.links.items())
     for path in wanted.texts:
-        if not _is_ours(_entry(root / path)):
+        if not _is_ours(root / path):
             raise KsmtoolError(
                 f"/{path} is there, and not of ksmtool kernel-enable.",
-                "Remove it (a link to /dev/null: systemctl unmask), and run this again.",
+                f"Remove it, or if it is masked: systemctl unmask {NAME}.service",
             )
-    mode = 0o755 if wanted.executable else 0o644
-    entries = {path: _Entry(text=text, mode=mode) for path, text in wanted.texts.items()}
-    entries.update((path, _Entry(link=target)) for path, target in wanted.links.items())
-    return _change(entries, wanted.reload, root)
+    with _changed(entries, wanted.reload, root) as changed:
+        return changed
 
 
-def remove(init: str, root: Path = Path("/")) -> list[str]:
-    """Take away what `install` wrote; return the paths that were there.
+@contextmanager
+def removed(init: str, root: Path = Path("/")) -> Iterator[list[str]]:
+    """Take away what `install` wrote, and put it back if what is done inside fails.
 
-    Raises KsmtoolError, and all is as it was.
+    Yields the paths that were there. Raises KsmtoolError, and all is as it was.
     """
     known = files(init, "")
-    if known is None or not all(_is_ours(_entry(root / path)) for path in known.texts):
+    if known is None:
+        yield []
+        return
+    with _changed(dict.fromkeys(ours(init, root)), known.reload, root) as changed:
+        yield changed
+
+
+def ours(init: str, root: Path = Path("/")) -> list[str]:
+    """Return the paths of what `install` wrote that are there."""
+    known = files(init, "")
+    if known is None or not all(_is_ours(root / path) for path in known.texts):
         return []
-    return _change(dict.fromkeys((*known.links, *known.texts)), known.reload, root)
+    return [path for path in (*known.links, *known.texts) if os.path.lexists(root / path)]
 
 
 def installed(init: str, root: Path = Path("/")) -> bool:
-    """Whether `ksmtool kernel-apply` will run at boot."""
+    """Whether `ksmtool kernel-apply` will run at boot, as far as files say."""
     known = files(init, "")
     if known is None:
-        return re.search(r"^[^#]*kernel-apply", _text(root / LOCAL), re.MULTILINE) is not None
-    return all(os.path.lexists(root / path) for path in (*known.texts, *known.links))
+        return re.search(rb"^[^#]*kernel-apply", _content(root / LOCAL), re.MULTILINE) is not None
+    if not all(os.path.lexists(root / link) for link in known.links):
+        return False
+    for path in known.texts:
+        content = _content(root / path)
+        program = re.search(rb"(/\S+) kernel-apply$", content, re.MULTILINE)
+        if _MARK.encode() not in content or program is None:
+            return False
+        if not (root / os.fsdecode(program[1]).lstrip("/")).exists():
+            return False  # of an installation that is gone
+    return True
 
 
 @dataclass(frozen=True)
 class _Entry:
     """A file or a symbolic link."""
 
-    text: str = ""
+    content: bytes = b""
     mode: int = 0
     link: str = ""
 
 
-def _is_ours(entry: _Entry | None) -> bool:
-    return entry is None or _MARK in entry.text
+def _is_ours(file: Path) -> bool:
+    """Whether we wrote it, or nobody did."""
+    return not os.path.lexists(file) or (not file.is_symlink() and _MARK.encode() in _content(file))
 
 
 def _entry(path: Path) -> _Entry | None:
     if path.is_symlink():
         return _Entry(link=os.readlink(path))
-    if not path.exists():
+    try:
+        return _Entry(path.read_bytes(), stat.S_IMODE(path.stat().st_mode))
+    except FileNotFoundError:
         return None
-    return _Entry(text=path.read_text(), mode=stat.S_IMODE(path.stat().st_mode))
 
 
 def _put(path: Path, entry: _Entry | None) -> None:
     if entry is None or entry.link:
         path.unlink(missing_ok=True)
-    if entry is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if entry.link:
-            path.symlink_to(entry.link)
-        else:
-            atomic.write(path, entry.text.encode(), entry.mode)
+    if entry is not None and entry.link:
+        atomic.folders(path.parent)
+        path.symlink_to(entry.link)
+    elif entry is not None:
+        atomic.write(path, entry.content, entry.mode)
 
 
-def _change(wanted: Mapping[str, _Entry | None], reload: Sequence[str], root: Path) -> list[str]:
-    """Make all entries what they shall be, None for gone, or none; return those that changed."""
+@contextmanager
+def _changed(
+    wanted: Mapping[str, _Entry | None], reload: Sequence[str], root: Path
+) -> Iterator[list[str]]:
+    """Make all entries what they shall be, None for gone; yield those that changed.
+
+    If that fails, or what is done inside, all are what they were. Raises KsmtoolError.
+    """
     found: dict[str, _Entry | None] = {}
+    path = ""
     try:
         for path, entry in wanted.items():
             old = _entry(root / path)
@@ -190,16 +221,19 @@ def _change(wanted: Mapping[str, _Entry | None], reload: Sequence[str], root: Pa
                 _put(root / path, entry)
         if found:
             _call(reload, root)
-    except (OSError, KsmtoolError) as error:
-        for path, old in found.items():
+        yield list(found)
+    except BaseException as error:
+        for changed, old in found.items():
             with contextlib.suppress(OSError):
-                _put(root / path, old)
-        if isinstance(error, KsmtoolError):
+                _put(root / changed, old)
+        if found:
+            with contextlib.suppress(KsmtoolError):
+                _call(reload, root)
+        if not isinstance(error, OSError):
             raise
         raise KsmtoolError(
             f"Cannot change /{path}: {error.strerror}.", "What runs at boot is as it was."
         ) from error
-    return list(found)
 
 
 def _call(command: Sequence[str], root: Path) -> None:
@@ -207,15 +241,15 @@ def _call(command: Sequence[str], root: Path) -> None:
     if not command or root != Path("/") or not (root / "run/systemd/system").is_dir():
         return
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-    except OSError as error:
-        raise KsmtoolError(f"Cannot run {command[0]}: {error.strerror}.") from error
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KsmtoolError(f"Cannot run {' '.join(command)}: {error}.") from error
     if done.returncode != 0:
         raise KsmtoolError(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
-def _text(file: Path) -> str:
+def _content(file: Path) -> bytes:
     try:
-        return file.read_text(errors="replace")
+        return file.read_bytes()
     except OSError:
-        return ""
+        return b""

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ksmtool.errors import ExitStatus, KsmtoolError
 
 if TYPE_CHECKING:
     from ksmtool.consent import Company
+    from ksmtool.kernel import Ksm
     from ksmtool.ksmd import Change, Settled
 
 # Options of ours end at the command: `ksmtool wrap ls --help` is ls's help.
@@ -444,63 +445,73 @@ def policy_check(as_json: bool, programs: tuple[str, ...]) -> None:
     "--profile",
     "name",
     type=click.Choice(["gentle", "balanced", "fast"]),
-    default="balanced",
-    show_default=True,
-    help="How fast ksmd scans.",
+    help="How fast ksmd scans; balanced, or as it is enabled already.",
 )
 @click.option("--cpu", type=click.IntRange(1, 100), help="ksmd's limit, in percent of one CPU.")
 @click.option("--settle", is_flag=True, help="Scan as fast as it goes first, until it has settled.")
 @click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
-def kernel_enable(name: str, cpu: int | None, settle: bool, dry_run: bool) -> None:
+def kernel_enable(name: str | None, cpu: int | None, settle: bool, dry_run: bool) -> None:
     """Switch KSM on, tune it, and keep it on over reboots.
 
     What was set before is kept for kernel-disable. If another manager sets KSM again and again,
     that is said, with the ways out, and nothing is changed.
     """
-    from ksmtool import boot, install, ksmd  # noqa: PLC0415
+    from ksmtool import boot, install, ksmd, state  # noqa: PLC0415
     from ksmtool.kernel import Ksm, ended_as_interrupted, undisturbed  # noqa: PLC0415
 
     ksm = Ksm()
     ksmd.require_host()
     for owner in ksmd.require_ours():
-        click.echo(f"note: {owner.name} {owner.does}.")
+        click.echo(f"note: {owner.name} {owner.does}.", err=True)
+    install.require_trusted_ksmtool()
+    known = state.read()
+    if name is None and known is not None:
+        name, cpu = known.profile, known.cpu if cpu is None else cpu
+    wanted = state.State(name or "balanced", cpu, {})
     init = boot.init_system()
     files = boot.files(init, install.ksmtool())
     if dry_run:
-        wanted = ksmd.State(name, cpu, {}).settings(ksm)
-        _print_changes(ksmd.planned(ksm, wanted))
+        _print_changes(ksmd.planned(ksm, wanted.settings(ksm)))
         for path in (*files.texts, *files.links) if files else ():
-            click.echo(f"/{path} would be written")
+            click.echo(f"/{path} would be there")
         return
     ksmd.require_root()
-    install.require_trusted(install.ksmtool())
     with ksm.locked():
         with undisturbed():
-            changes, paths = ksmd.enable(name, cpu, ksm, files)
+            changes, paths = ksmd.enable(wanted.profile, cpu, ksm, files)
         for path in paths:
             click.echo(f"wrote /{path}")
         _print_changes(changes)
-        if not boot.installed(init):
+        if files is None and not boot.installed(init):
             click.echo(
-                f"To keep it over reboots, put this into /{boot.LOCAL}: "
-                f"{install.ksmtool()} kernel-apply"
+                f"To keep it over reboots, put this into /{boot.LOCAL}, which has to be executable "
+                f"and to begin with #!/bin/sh: {install.ksmtool()} kernel-apply"
+            )
+        if not wanted.advised(ksm):
+            click.echo(
+                "note: the kernel's advisor can be switched on at the next boot only; "
+                "until then the rate is fixed.",
+                err=True,
             )
         if settle:
             with ended_as_interrupted(), _progress() as say:
-                state = ksmd.State(name, cpu, {})
-                _print_settled(ksmd.settle(ksm, state, _SETTLE_SECONDS, say), name)
+                result = ksmd.settle(ksm, wanted, _SETTLE_SECONDS, say)
+            _print_settled(result, wanted.profile)
 
 
 _SETTLE_SECONDS = 600
 
 
 def _print_settled(result: Settled, name: str) -> None:
-    cpu = (
-        "" if result.cpu_seconds is None else f", for {result.cpu_seconds:.1f} s of ksmd's CPU time"
-    )
+    known = result.cpu_seconds is not None
+    cpu = f", for {result.cpu_seconds:.1f} s of ksmd's CPU time" if known else ""
+    said = {
+        "settled": f"Settled after {result.seconds:.0f} s",
+        "late": f"Still merging after {result.seconds:.0f} s",
+        "idle": "Nothing to merge: no process is opted in (ksmtool wrap, ksmtool global-enable)",
+    }[result.end]
     click.echo(
-        f"{'Settled' if result.settled else 'Not settled'} after {result.seconds:.0f} s: "
-        f"KSM saves {result.saved / 1e6:.0f} MB on this machine{cpu}. "
+        f"{said}: KSM saves {result.saved / 1e6:.0f} MB on this machine{cpu}. "
         f"It scans at the rate of {name} now."
     )
 
@@ -518,9 +529,26 @@ def kernel_apply() -> None:
     from ksmtool import ksmd  # noqa: PLC0415
     from ksmtool.kernel import Ksm  # noqa: PLC0415
 
+    ksm = Ksm()
     ksmd.require_host()
     ksmd.require_root()
-    _print_changes(ksmd.apply_state(Ksm()))
+    with _locked_if_it_can_be(ksm):
+        _print_changes(ksmd.apply_state(ksm))
+
+
+@contextmanager
+def _locked_if_it_can_be(ksm: Ksm) -> Iterator[None]:
+    """Have KSM to oneself, but do not depend on it: any user can hold the lock."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(ksm.locked(seconds=5))
+        except KsmtoolError as error:
+            click.echo(
+                f"note: {error.message} It will set KSM back to what it found; "
+                "see ksmtool kernel-status then.",
+                err=True,
+            )
+        yield
 
 
 @cli.command("kernel-status")
@@ -547,28 +575,32 @@ def kernel_status(as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would change; change nothing.")
 def kernel_disable(unmerge: bool, dry_run: bool) -> None:
     """Set KSM as kernel-enable found it, and keep that over reboots."""
-    from ksmtool import boot, ksmd  # noqa: PLC0415
+    from ksmtool import boot, ksmd, profile, state  # noqa: PLC0415
     from ksmtool.kernel import Ksm, undisturbed  # noqa: PLC0415
 
-    ksm = Ksm()
-    ksmd.require_host()
-    init = boot.init_system()
-    state = ksmd.read_state()
+    ksm, init = Ksm(), boot.init_system()
+    try:
+        known = state.read()
+    except KsmtoolError as error:
+        click.echo(f"note: {error.message} The kernel's defaults are what is set.", err=True)
+        known = state.State("balanced", None, profile.DEFAULTS)
     if dry_run:
-        _print_changes(ksmd.planned(ksm, state.found if state else {}))
+        _print_changes(ksmd.planned(ksm, known.found if known else {}))
         if unmerge:
             click.echo("Every merged page would be unmerged.")
+        for path in boot.ours(init):
+            click.echo(f"/{path} would be removed")
         return
     ksmd.require_root()
-    with ksm.locked(), undisturbed():
-        changes, paths = ksmd.disable(ksm, unmerge, init)
+    with _locked_if_it_can_be(ksm) if ksm.available() else nullcontext(), undisturbed():
+        changes, paths = ksmd.disable(known, unmerge, ksm, init)
     for path in paths:
         click.echo(f"removed /{path}")
-    if state is None and not paths and not changes:
+    if known is None and not paths and not changes:
         click.echo("Nothing of kernel-enable was there.")
     else:
         _print_changes(changes)
-    if boot.installed(init):
+    if boot.files(init, "") is None and boot.installed(init):
         click.echo(f"Take the line with kernel-apply out of /{boot.LOCAL}, too.")
 
 

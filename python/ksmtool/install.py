@@ -25,6 +25,12 @@ def ksmtool() -> str:
     return _beside("ksmtool")
 
 
+def require_trusted_ksmtool() -> None:
+    """Raise KsmtoolError if others than root can change what runs as `ksmtool`: all its parts."""
+    for path in (ksmtool(), os.path.dirname(__file__), sys.executable):
+        require_trusted(path)
+
+
 def require_trusted(path: str) -> None:
     """Raise KsmtoolError if others than root can change what root is to run at each boot."""
     real = Path(path).resolve()

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from ksmtool.errors import ExitStatus, KsmtoolError
 
@@ -74,17 +75,19 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 @contextmanager
 def ended_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, with everything put back."""
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, with everything put back.
+
+    Only the first counts: timeout(1) sends two, and people press Ctrl-C more than once.
+    """
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in old:
+            signal.signal(number, _no_more)
         raise KeyboardInterrupt
 
-    # What is ignored stays so: under nohup SIGHUP is.
-    old = {
-        number: signal.signal(number, interrupt)
-        for number in ENDING
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
+    old = _handlers()
+    for number in old:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
@@ -94,12 +97,32 @@ def ended_as_interrupted() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hold back the ending signals: a second Ctrl-C must not cut the cleaning up short."""
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    """Hold back the ending signals: a second Ctrl-C must not cut the cleaning up short.
+
+    They are not blocked: another thread would take them, and Python acts on them in this one. What
+    is started inside is ended by them.
+    """
+    came: list[int] = []
+    old = _handlers()
+    for number in old:
+        signal.signal(number, lambda number, _frame: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def _no_more(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing, but not by SIG_IGN: what is started would inherit that."""
+
+
+def _handlers() -> dict[signal.Signals, Any]:
+    """Return who handles the ending signals; what is ignored stays so: under nohup SIGHUP is."""
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    return {number: old for number, old in handlers.items() if old is not signal.SIG_IGN}
 
 
 class Ksm:
@@ -224,15 +247,15 @@ class Ksm:
                     self._restore(found)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, seconds: float = 600) -> Iterator[None]:
         """Have KSM to oneself: those who borrow it put back what they found.
 
         The lock is an flock(2) on the file `run` itself: it needs no file of ours and ends with the
-        process. Raises KsmtoolError if it is held for 10 minutes.
+        process. Raises KsmtoolError if it is held for `seconds`: any user can do that.
         """
         self.require()
         with (self.folder / "run").open() as file:
-            _lock(file.fileno())
+            _lock(file.fileno(), seconds)
             yield
 
     def ksmd_cpu_seconds(self) -> float | None:
@@ -262,8 +285,8 @@ def _cpu_seconds(entry: Path) -> float | None:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _lock(descriptor: int) -> None:
-    deadline = time.monotonic() + 600
+def _lock(descriptor: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     told = False
     while True:
         try:

@@ -8,71 +8,17 @@ on is switched off.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmtool import atomic, boot, families, owners, profile
+from ksmtool import boot, families, owners, profile, state
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import PAGE_SIZE, Ksm, undisturbed
-
-STATE = "var/lib/ksm-preload/kernel.json"
-
-
-@dataclass(frozen=True)
-class State:
-    """What was asked for, and what was there before."""
-
-    profile: str
-    cpu: int | None
-    found: Mapping[str, str]
-
-    def settings(self, ksm: Ksm) -> dict[str, str]:
-        """Return the settings that this kernel has for it, now."""
-        used = ksm.ksmd_cpu_seconds() or 0.0
-        return profile.settings(profile.PROFILES[self.profile], ksm.settings(), self.cpu, used)
-
-
-def read_state(root: Path = Path("/")) -> State | None:
-    """Return what was asked for, None if nothing was. Raises KsmtoolError for a damaged file."""
-    try:
-        text = (root / STATE).read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        read = json.loads(text)
-        found = {str(name): str(value) for name, value in read["found"].items()}
-        state = State(str(read["profile"]), read["cpu"], found)
-        if state.profile not in profile.PROFILES or not isinstance(state.cpu, (int, type(None))):
-            raise ValueError(state.profile)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KsmtoolError(
-            f"/{STATE} is damaged.", "Remove it, and run ksmtool kernel-enable again."
-        ) from error
-    return state
-
-
-def _write_state(state: State, root: Path) -> None:
-    file = root / STATE
-    shape = {"schema": 1, "profile": state.profile, "cpu": state.cpu, "found": dict(state.found)}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(file, (json.dumps(shape, indent=2) + "\n").encode())
-    except OSError as error:
-        raise KsmtoolError(f"Cannot write /{STATE}: {error.strerror}.") from error
-
-
-def _remove_state(root: Path) -> None:
-    file = root / STATE
-    try:
-        file.unlink(missing_ok=True)
-    except OSError as error:
-        raise KsmtoolError(f"Cannot remove /{STATE}: {error.strerror}.") from error
-    with contextlib.suppress(OSError):
-        file.parent.rmdir()
+from ksmtool.state import State
 
 
 def in_container(root: Path = Path("/")) -> bool:
@@ -114,18 +60,30 @@ class Change:
     new: str
 
 
+@contextmanager
+def _all_back(ksm: Ksm) -> Iterator[None]:
+    """Set all that profiles set to what it was, if what is done inside fails in any way."""
+    before = state.found(ksm)
+    try:
+        yield
+    except BaseException as error:
+        try:
+            ksm.apply(before)
+        except KsmtoolError as second:
+            raise KsmtoolError(
+                f"{error} And it could not be put back: {second.message}", second.hint
+            ) from error
+        raise
+
+
 def apply(ksm: Ksm, wanted: Mapping[str, str]) -> list[Change]:
     """Write the settings in the only order that the kernel takes, and read each back.
 
     Returns what changed. Raises KsmtoolError, and what had changed is as it was.
     """
     before = ksm.settings()
-    try:
+    with _all_back(ksm):
         ksm.apply(dict(wanted))
-    except KsmtoolError:
-        with contextlib.suppress(KsmtoolError):
-            ksm.apply(before)
-        raise
     return _changes(before, ksm.settings())
 
 
@@ -143,62 +101,56 @@ def enable(
     `files` are for the next boot. Returns the settings and the paths that changed. Raises
     KsmtoolError, and everything is as it was.
     """
-    known = read_state(ksm.root)
-    found = ksm.settings()
-    state = State(name, cpu, known.found if known else found)
-    changes = apply(ksm, state.settings(ksm))
-    try:
-        _write_state(state, ksm.root)
-        return changes, boot.install(files, ksm.root) if files else []
-    except KsmtoolError:
-        with contextlib.suppress(KsmtoolError):
-            ksm.apply(found)
-        with contextlib.suppress(KsmtoolError, OSError):
+    known = state.read(ksm.root)
+    kept = State(name, cpu, known.found if known else state.found(ksm))
+    with _all_back(ksm):
+        # Before anything is set: after a loss of power it is known what was found.
+        state.write(kept, ksm.root)
+        try:
+            changes = apply(ksm, kept.settings(ksm))
+            return changes, boot.install(files, ksm.root) if files else []
+        except BaseException:
             if known is None:
-                _remove_state(ksm.root)
+                state.remove(ksm.root)
             else:
-                _write_state(known, ksm.root)
-        raise
+                state.write(known, ksm.root)
+            raise
 
 
 def apply_state(ksm: Ksm) -> list[Change]:
     """Set what `enable` has kept: what runs at boot. Raises KsmtoolError if it was never called."""
-    state = read_state(ksm.root)
-    if state is None:
+    kept = state.read(ksm.root)
+    if kept is None:
         raise KsmtoolError(
-            f"There is no /{STATE}: nothing to apply.", "Run ksmtool kernel-enable first."
+            f"There is no /{state.FILE}: nothing to apply.", "Run ksmtool kernel-enable first."
         )
-    return apply(ksm, state.settings(ksm))
+    return apply(ksm, kept.settings(ksm))
 
 
-def disable(ksm: Ksm, unmerge: bool, init: str = "") -> tuple[list[Change], list[str]]:
+def disable(
+    known: State | None, unmerge: bool, ksm: Ksm, init: str = ""
+) -> tuple[list[Change], list[str]]:
     """Set what was found before `enable`, and let nothing of ours run at boot.
 
-    With `unmerge`, every program gets pages of its own again, too. Returns the settings and the
-    paths that changed. Raises KsmtoolError, and everything else is as it was; pages that were
-    unmerged meanwhile stay so.
+    With `unmerge`, every program gets pages of its own again, too. Where there is no KSM to set,
+    only our files are removed. Returns the settings and the paths that changed. Raises
+    KsmtoolError, and all is as it was, but for pages that were unmerged.
     """
-    state = read_state(ksm.root)
-    before = ksm.settings()
-    if unmerge:
+    here = ksm.available() and not in_container(ksm.root)
+    before = ksm.settings() if here else {}
+    if unmerge and here:
         _require_memory(ksm)
-    try:
-        if unmerge:
+    with _all_back(ksm) if here else nullcontext():
+        if unmerge and here:
             ksm.write("run", 2)
             ksm.write("run", 0)
-        if state is not None:
-            ksm.apply(dict(state.found))
-        _remove_state(ksm.root)
-        gone = boot.remove(init, ksm.root)
-    except KsmtoolError:
-        with contextlib.suppress(KsmtoolError):
-            ksm.apply(before)
-        with contextlib.suppress(KsmtoolError):
-            if state is not None:
-                _write_state(state, ksm.root)
-        raise
-    after = ksm.settings()
-    return _changes(before, after), gone
+        if known is not None and here:
+            ksm.apply(dict(known.found))
+        # What was found is forgotten last.
+        with boot.removed(init, ksm.root) as gone:
+            forgotten = state.remove(ksm.root)
+    changes = _changes(before, ksm.settings()) if here else []
+    return changes, [*gone, *([state.FILE] if forgotten else [])]
 
 
 def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
@@ -210,7 +162,10 @@ def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change
 def _require_memory(ksm: Ksm) -> None:
     """Unmerging takes what was saved; without it, programs are killed (mm/ksm.c, run_store)."""
     needed = ksm.counters().merged * PAGE_SIZE
-    text = (ksm.root / "proc/meminfo").read_text()
+    try:
+        text = (ksm.root / "proc/meminfo").read_text()
+    except OSError as error:
+        raise KsmtoolError(f"Cannot tell how much memory is free: {error}.") from error
     fields = dict(line.split(":") for line in text.splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     if needed > available * 0.9:
@@ -224,8 +179,8 @@ def _require_memory(ksm: Ksm) -> None:
 class Settled:
     """What scanning as fast as it goes came to."""
 
-    settled: bool
-    """False: the time was up."""
+    end: str
+    """"settled"; "idle", since nothing is opted in; "late", since the time was up."""
     seconds: float
     saved: int
     """Bytes on the whole machine, less the kernel's records: general_profit."""
@@ -233,41 +188,59 @@ class Settled:
     """ksmd's, None where they cannot be seen."""
 
 
-def settle(ksm: Ksm, state: State, timeout: float, say: Callable[[str, float], None]) -> Settled:
-    """Scan as fast as ksmd can until merging has settled, then go on at the rate of `state`.
+def settle(ksm: Ksm, kept: State, timeout: float, say: Callable[[str, float], None]) -> Settled:
+    """Scan as fast as ksmd can until merging has settled, then go on at the rate of `kept`.
 
     Settled is: two full passes in a row by each of which less than 1 % more was merged; the time
-    is up after `timeout` seconds. Also if it fails or is interrupted the rate is that of `state`.
+    is up after `timeout` seconds. Also if it fails or is interrupted the rate is that of `kept`.
     Raises KsmtoolError.
     """
     start, cpu = time.monotonic(), ksm.ksmd_cpu_seconds()
     try:
-        ksm.apply(profile.settings(profile.SETTLING, ksm.settings()))
-        quiet = 0
-        scans, merged = ksm.counters().full_scans, ksm.counters().merged
-        while quiet < 2:
-            now = ksm.counters()
-            seconds = time.monotonic() - start
-            say(
-                f"settling: KSM saves {now.general_profit_bytes / 1e6:.0f} MB",
-                min(seconds / timeout, 1),
-            )
-            if now.full_scans > scans:
-                quiet = quiet + 1 if now.merged <= merged * 1.01 else 0
-                scans, merged = now.full_scans, now.merged
-            if seconds > timeout:
-                break
-            time.sleep(0.05)
+        ksm.apply(profile.settling(ksm.settings()))
+        end = _wait_for_quiet(ksm, start, timeout, say)
     finally:
         with undisturbed():
-            ksm.apply(state.settings(ksm))
+            wanted = kept.settings(ksm)
+            if not ksm.running():
+                del wanted["run"]  # somebody has switched it off meanwhile
+            ksm.apply(wanted)
     after = ksm.ksmd_cpu_seconds()
     return Settled(
-        settled=quiet >= 2,
+        end=end,
         seconds=time.monotonic() - start,
         saved=ksm.counters().general_profit_bytes,
         cpu_seconds=None if cpu is None or after is None else after - cpu,
     )
+
+
+_IDLE_SECONDS = 3.0
+"""ksmd that has not worked for so long has nothing to look at."""
+
+
+def _wait_for_quiet(
+    ksm: Ksm, start: float, timeout: float, say: Callable[[str, float], None]
+) -> str:
+    quiet = 0
+    scans, merged = ksm.counters().full_scans, ksm.counters().merged
+    worked, cpu = start, ksm.ksmd_cpu_seconds()
+    while quiet < 2:
+        counters, now, used = ksm.counters(), time.monotonic(), ksm.ksmd_cpu_seconds()
+        if not ksm.running():
+            raise KsmtoolError("Something else has switched KSM off.", "See ksmtool kernel-status.")
+        saved = counters.general_profit_bytes / 1e6
+        say(f"settling: KSM saves {saved:.0f} MB", min((now - start) / timeout, 1))
+        if counters.full_scans > scans:
+            quiet = quiet + 1 if counters.merged <= merged * 1.01 else 0
+            scans, merged = counters.full_scans, counters.merged
+        if used is None or cpu is None or used - cpu > 0.01:
+            worked, cpu = now, used
+        if now - worked > _IDLE_SECONDS:
+            return "idle"
+        if now - start > timeout:
+            return "late"
+        time.sleep(0.05)
+    return "settled"
 
 
 @dataclass(frozen=True)
@@ -297,8 +270,8 @@ def status(ksm: Ksm, seconds: float = 1.0) -> Status:
     name = families.pretty_name(ksm.root)
     if not ksm.available():
         return Status({}, False, None, None, "", False, (), in_container(ksm.root), name)
-    state = read_state(ksm.root)
-    drift = planned(ksm, state.settings(ksm)) if state else []
+    kept = state.read(ksm.root)
+    drift = planned(ksm, kept.settings(ksm)) if kept else []
     before, start = ksm.ksmd_cpu_seconds(), time.monotonic()
     time.sleep(seconds)
     after, took = ksm.ksmd_cpu_seconds(), time.monotonic() - start
@@ -308,7 +281,7 @@ def status(ksm: Ksm, seconds: float = 1.0) -> Status:
         settings=ksm.settings(),
         merging=ksm.running(),
         cpu_percent=100 * ((after or 0) - (before or 0)) / took if known else None,
-        state=state,
+        state=kept,
         boot=init,
         kept=boot.installed(init, ksm.root),
         others=tuple(owners.found(ksm.root)),

@@ -62,9 +62,12 @@ def _found(root: Path, known: list[Manager]) -> Iterator[Owner]:
         if running & set(one.programs) or any(_enabled(name, root) for name in one.services):
             choices = tuple(_command(way, one.services, init) for way in one.ways_out)
             yield Owner(one.name, one.does, one.conflict, choices)
-        for file in sorted(file for pattern in one.files for file in root.glob(pattern)):
-            if _mentions(file):
+        seen: set[str] = set()
+        for file in (file for pattern in one.files for file in sorted(root.glob(pattern))):
+            # The first of a name counts: tmpfiles.d(5).
+            if file.name not in seen and _mentions(file):
                 yield Owner(f"/{file.relative_to(root)}", one.does, one.conflict)
+            seen.add(file.name)
 
 
 def _command(way: str, services: tuple[str, ...], init: str) -> str:
@@ -75,23 +78,26 @@ def _command(way: str, services: tuple[str, ...], init: str) -> str:
 
 
 def _running(root: Path) -> set[str]:
-    """Return the names of programs and of the scripts that interpreters run."""
+    """Return the names of root's programs, and of the scripts that its interpreters run."""
     names: set[str] = set()
     try:
         entries = list((root / "proc").iterdir())
+        owner = (root / "proc").stat().st_uid
     except OSError:
         return names
     for entry in entries:
         if not entry.name.isdigit():
             continue
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")[:2]
+            if entry.stat().st_uid != owner:
+                continue  # a user's process can be called anything
+            words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        program, *first = (os.path.basename(os.fsdecode(word)) for word in words)
+        program, *rest = (os.path.basename(os.fsdecode(word)) for word in words)
         names.add(program)
         if _INTERPRETER.fullmatch(program):
-            names.update(first)
+            names.add(next((word for word in rest if not word.startswith("-")), ""))
     return names
 
 
@@ -100,8 +106,8 @@ def _enabled(service: str, root: Path) -> bool:
     for folder in _WANTS:
         unit = f"{service}.service"
         if any(os.path.lexists(wants / unit) for wants in (root / folder).glob("*.wants")):
-            masked = root / "etc/systemd/system" / unit
-            return not (masked.is_symlink() and os.readlink(masked) == "/dev/null")
+            masks = [root / "etc/systemd/system" / unit, root / "run/systemd/system" / unit]
+            return not any(mask.is_symlink() and os.readlink(mask) == "/dev/null" for mask in masks)
     return any(any(root.glob(pattern.format(service))) for pattern in _STARTED)
 
 

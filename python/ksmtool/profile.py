@@ -40,7 +40,30 @@ PROFILES = {
         Profile("fast", 70, 20, "for many short-lived processes, where memory is what lacks"),
     )
 }
-SETTLING = Profile("settle", 100, 1, "until what is there is merged")
+
+SETS = (
+    "run",
+    "use_zero_pages",
+    "smart_scan",
+    "sleep_millisecs",
+    "pages_to_scan",
+    "advisor_mode",
+    "advisor_max_cpu",
+    "advisor_target_scan_time",
+)
+"""All that a profile can set."""
+
+DEFAULTS = {
+    "run": "0",
+    "use_zero_pages": "0",
+    "smart_scan": "1",
+    "sleep_millisecs": "20",
+    "pages_to_scan": "100",
+    "advisor_mode": "none",
+    "advisor_max_cpu": "70",
+    "advisor_target_scan_time": "200",
+}
+"""What the kernel has after boot (mm/ksm.c, 6.18)."""
 
 
 def settings(
@@ -59,9 +82,8 @@ def settings(
     limit = profile.cpu if cpu is None else cpu
     wanted = {"run": "1", "use_zero_pages": "1", "smart_scan": "1"}
     wanted["sleep_millisecs"] = str(_SLEEP_MILLISECONDS)
-    advisor = found.get("advisor_mode", "")
-    usable = advisor == "scan-time" or (advisor and ksmd_seconds <= _ADVISOR_LATEST)
-    if usable and limit > _ADVISOR_LEAST_CPU and profile is not SETTLING:
+    on = found.get("advisor_mode") == "scan-time"
+    if advisable(found, limit) and (on or ksmd_seconds <= _ADVISOR_LATEST):
         wanted["advisor_mode"] = "scan-time"
         wanted["advisor_max_cpu"] = str(limit)
         wanted["advisor_target_scan_time"] = str(profile.scan_seconds)
@@ -71,9 +93,29 @@ def settings(
     return {name: value for name, value in wanted.items() if name in found}
 
 
+def advisable(found: Mapping[str, str], limit: int) -> bool:
+    """Whether the kernel's advisor could keep a limit, in percent of a CPU."""
+    return "advisor_mode" in found and limit > _ADVISOR_LEAST_CPU
+
+
+def settling(found: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings by which ksmd does not pause, for a kernel that has those of `found`.
+
+    An advisor that is on stays on, since it could not be switched on again: it is told to hurry.
+    """
+    wanted = {"run": "1", "sleep_millisecs": "0"}
+    if found.get("advisor_mode") == "scan-time":
+        return {**wanted, "advisor_max_cpu": "100", "advisor_target_scan_time": "1"}
+    return {**wanted, "pages_to_scan": "1000"}
+
+
 def pages_to_scan(cpu: int) -> int:
-    """Return the pages for each time ksmd wakes that take `cpu` percent of one CPU."""
-    if cpu >= 100:
-        return 30000  # as much as the kernel's own advisor would give it
-    busy = _SLEEP_MILLISECONDS / 1000 * cpu / (100 - cpu)
-    return max(1, round(busy / SECONDS_PER_PAGE))
+    """Return the pages for each time ksmd wakes that take `cpu` percent of one CPU.
+
+    At most as many as the kernel's own advisor would take: above 80 % nothing more is to be had.
+    """
+    busy = _SLEEP_MILLISECONDS / 1000 * cpu / max(100 - cpu, 1)
+    return min(max(1, round(busy / SECONDS_PER_PAGE)), _MOST_PAGES)
+
+
+_MOST_PAGES = 30000

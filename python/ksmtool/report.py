@@ -247,7 +247,7 @@ def ksmd_as_json(status: KsmdStatus) -> str:
             "merging": status.merging,
             "cpu_percent": status.cpu_percent,
             "profile": state.profile if state else None,
-            "cpu_limit": state.cpu if state else None,
+            "cpu_limit": state.limit if state else None,
             "init": status.boot,
             "kept_over_boots": status.kept,
             "others": [asdict(owner) for owner in status.others],
@@ -270,10 +270,9 @@ def ksmd_lines(status: KsmdStatus) -> list[str]:
     if state is None:
         lines.append("profile:   none of ksmtool kernel-enable")
     else:
-        limit = "" if state.cpu is None else f", at most {state.cpu} % of a CPU"
-        lines.append(f"profile:   {state.profile}{limit}")
+        lines.append(f"profile:   {state.profile}, at most {state.limit} % of a CPU")
     for one in status.drift:
-        lines.append(f"changed:   {one.name} is {one.old}, not {one.new}: something else set it")
+        lines.append(f"changed:   {one.name} is {one.old}, the profile says {one.new}")
     lines.append(
         f"boot:      {'set again' if status.kept else 'not set by us'} ({status.boot or '?'})"
     )

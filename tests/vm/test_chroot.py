@@ -306,10 +306,22 @@ def test_tenants_are_a_no_without_force(root: Root) -> None:
     assert not root.preload.exists()
 
 
-def test_what_readme_shows(root: Root) -> None:
+def readme_lines(first: str) -> list[str]:
+    """Return the lines of the console block of README that begins with a command."""
     readme = (HERE.parent / "README.md").read_text()
-    (block,) = re.findall(r"```console\n(.*?)```", readme, re.DOTALL)
-    lines = block.splitlines()
+    (block,) = re.findall(rf"```console\n(# {first}.*?)```", readme, re.DOTALL)
+    return str(block).splitlines()
+
+
+def test_what_readme_shows_of_the_kernel(root: Root, ksm: Ksm) -> None:
+    before = ksm.settings()
+    for line in readme_lines("ksmtool kernel-enable"):
+        root(*line.removeprefix("# ").split(), clean=False)
+    assert ksm.settings() == before
+
+
+def test_what_readme_shows(root: Root) -> None:
+    lines = readme_lines("ksmtool global-enable")
     assert len(lines) == 5
     for line in lines:
         done = root.run("sh", "-c", f"{line.removeprefix('# ')} {'--force' * ('--yes' in line)}")
