@@ -391,9 +391,9 @@ def test_kernel_enable_and_back(root: Root, ksm: Ksm, init: str) -> None:
     assert status["kept_over_boots"] == bool(init)
     ksm.write("run", 0)
     if init == "openrc":
-        start = (
-            "mkdir /run/openrc; touch /run/openrc/softlevel; rc-service --nodeps ksm-preload start"
-        )
+        states = " ".join(f"/run/openrc/{name}" for name in ("exclusive", "started", "starting"))
+        start = f"mkdir -p {states}; touch /run/openrc/softlevel"
+        start = f"{start}; rc-service --nodeps ksm-preload start"
         assert "run: 0 -> 1" in root("sh", "-c", start)
         assert "ksm-preload" in root("rc-update", "show", "default")
         ksm.write("run", 0)
