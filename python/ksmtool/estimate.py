@@ -417,8 +417,8 @@ def _pairs(names: Sequence[str], owners: Mapping[int, int], share: float) -> tup
         if bits & (bits - 1):
             having = [number for number in range(len(names)) if bits >> number & 1]
             common.update(dict.fromkeys(combinations(having, 2), count))
-    found = [
-        Pair(*sorted((names[one], names[other])), saved=_bytes(count / share))
-        for (one, other), count in common.items()
-    ]
+    found = []
+    for (one, other), count in common.items():
+        first, second = sorted((names[one], names[other]))
+        found.append(Pair(first, second, _bytes(count / share)))
     return tuple(sorted(found, key=lambda pair: (-pair.saved, pair.one, pair.other)))
