@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`ksmtool estimate`: the counting, live processes of known content, and beside what `try` saves."""
+"""`ksmtool estimate`: the counting, live processes of known content, and what merging saves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from conftest import AS_NOBODY, Tree, need, need_command, run, wait_until
 from ksmtool import estimate, estimate_report, policy, process, trial
-from ksmtool.errors import ExitStatus, KsmtoolError
+from ksmtool.errors import ExitStatus
 from ksmtool.estimate import Estimate, Pair, Program, Tally
 from ksmtool.kernel import PAGE_SIZE, Ksm
 
@@ -207,8 +207,9 @@ def private_dirty(pid: int) -> int:
 def test_without_frames_what_fork_shares_is_taken_for_one() -> None:
     """As a user without root: the same within what equal shared pages can hide."""
     code = (
-        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "import ctypes; ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)\n" + FORKED
+        "import ctypes, mmap, os, random, sys\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)\n" + FORKED
     )
     with holding(python(code)) as (pid,):
         pids = family(pid)

@@ -29,6 +29,7 @@ SwapPss:               8 kB
 THPeligible:           0
 VmFlags: rd wr mr mw me ac {flags}
 """
+MAP_NORESERVE = 0x4000  # in mmap since Python 3.13
 PRESENT, SWAPPED, FILE, EXCLUSIVE = 1 << 63, 1 << 62, 1 << 61, 1 << 56
 
 
@@ -152,7 +153,7 @@ def test_runs_cover_all_and_are_of_neighbours(numbers: list[int]) -> None:
 def test_a_hole_of_terabytes_takes_no_time(tmp_path: Path) -> None:
     """64 GB of nothing: passed over without a look at each page."""
     chunks = 0
-    with mmap_of(1 << 36, mmap.MAP_NORESERVE) as (memory, address):
+    with Private(1 << 36, MAP_NORESERVE) as (memory, address):
         memory[1 << 35] = 1
         mapping = Mapping(address, address + (1 << 36), "", 4096, 0, frozenset())
         with Reader(os.getpid(), first_byte) as reader:
@@ -162,7 +163,7 @@ def test_a_hole_of_terabytes_takes_no_time(tmp_path: Path) -> None:
     assert chunks == 1
 
 
-class mmap_of:  # noqa: N801 - reads as a function
+class Private:
     """Private memory, without huge pages, and its address."""
 
     def __init__(self, size: int, flags: int = 0) -> None:
@@ -244,7 +245,7 @@ def test_the_hash_tells_pages_apart() -> None:
 @pytest.mark.root
 def test_the_kernels_page_of_zeros() -> None:
     """Pages that were only read are the kernel's one page of zeros; those written to are not."""
-    with mmap_of(1 << 20) as (memory, address):
+    with Private(1 << 20) as (memory, address):
         memory[0:4096] = b"x" * 4096
         memory[4096:8192] = bytes(4096)
         assert memory[8192:16384] == bytes(8192)

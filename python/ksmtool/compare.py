@@ -8,7 +8,6 @@ words are taken for equal if each is an address in its own process, and of the s
 from __future__ import annotations
 
 import itertools
-from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -126,7 +125,7 @@ def _verdict(
     addresses = page * PAGE_SIZE, partner * PAGE_SIZE
     same = all(
         mine == yours or _same_place(mine, yours, at, addresses, layouts)
-        for at, (mine, yours) in enumerate(zip(array("Q", ours), array("Q", theirs)))
+        for at, (mine, yours) in enumerate(zip(ours.cast("Q"), theirs.cast("Q")))
     )
     return "pointers" if same else "different"
 
