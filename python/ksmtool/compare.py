@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Two processes of one program, page by page: what is equal, and what would be in a group.
 
-In a group both have one layout, so that a pointer to the same place is the same number. So two
-words are taken for equal if each is an address in its own process, and of the same place.
+In a group both have one layout, so that a pointer to the same thing is the same number. So pages
+are compared a second time with each address in them put in words that hold for any layout.
 """
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,24 +19,30 @@ from ksmtool.pages import Mapping, Reader
 from ksmtool.process import PROC
 
 SAMPLE_PAGES = 2000
+_BLOCK_PAGES = 250
+_SLACK_PAGES = 128
+"""How far from its place a page of the other is looked for.
 
-Place = tuple[str, int, int]
-"""A mapping's name, its number among those of that name from the top, and bytes into it."""
+CPython aligns what it gets from mmap to 16 KiB, so that all behind that can be pages away.
+"""
+
+_MASK = PAGE_SIZE - 1
+_SHIFT = _MASK.bit_length()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a sample of the anonymous pages of one process, beside the other's at the same places."""
+    """Of a sample of the anonymous pages of one process: which of them another process has, too."""
 
     pages: int
     equal: int
     """Equal byte for byte, so that KSM would merge them as they are; zeros are in it."""
     zeros: int
     pointers: int
-    """Different only where both hold an address of the same place: equal in a group, too.
+    """Different only in addresses of the same things: they would be equal in a group.
 
-    The least that can be said: what hash seeds make different, and a group makes equal, is not in
-    it.
+    What hash seeds make different, and a group makes equal, is not in it, nor what a program
+    computes from addresses: it is the least that a group would add.
     """
 
     @property
@@ -51,93 +56,138 @@ class Comparison:
         return (self.equal + self.pointers) / self.pages if self.pages else 0.0
 
 
-class _Layout:
-    """Where the mappings of a process are, in words that hold for another layout, too."""
+class Layout(dict[int, tuple[int, int]]):
+    """The layout of a process: page number -> what an address in that page means in any layout.
+
+    That is a number for the page and the bits of the address to add to it; (0, 0) for no mapping.
+    A page of a file's mapping is known by name and place; of other memory only the name is taken,
+    since by its place two processes may differ. In the stack even the last bits are random.
+    """
 
     def __init__(self, mappings: Sequence[Mapping]) -> None:
+        """Keep the mappings; pages are looked up when they are asked for."""
+        super().__init__()
         self.mappings = sorted(mappings, key=lambda one: one.start)
         self._starts = [one.start for one in self.mappings]
+        self.lowest = self._starts[0] if self.mappings else 0
+        self.end = self.mappings[-1].end if self.mappings else 0
         number: Counter[str] = Counter()
-        self._numbers: list[int] = []
+        self.keys_of: list[tuple[str, int]] = []
+        """Name, and number from the top of those with that name: mmap goes downwards."""
         for one in reversed(self.mappings):
-            self._numbers.append(number[one.name])
+            self.keys_of.insert(0, (one.name, number[one.name]))
             number[one.name] += 1
-        self._numbers.reverse()
 
-    def place(self, address: int) -> Place | None:
-        """Return the place of an address, the end of a mapping too; None if it is in none."""
-        at = bisect_right(self._starts, address) - 1
-        if at < 0 or address > self.mappings[at].end:
-            return None
-        one = self.mappings[at]
-        if one.name == "[stack]":  # there even the last bits of an address are random
-            return one.name, 0, 0
-        # The heap grows upwards; what mmap gives, downwards, and joins what is above it.
-        begin = one.start if one.name == "[heap]" else one.end
-        return one.name, self._numbers[at], address - begin
+    def __missing__(self, page: int) -> tuple[int, int]:
+        """Look for the mapping of a page that was not asked for before."""
+        at = bisect_right(self._starts, page * PAGE_SIZE) - 1
+        meaning = 0, 0
+        if at >= 0 and page * PAGE_SIZE < self.mappings[at].end:
+            one, key = self.mappings[at], self.keys_of[at]
+            if one.name == "[stack]":
+                meaning = _number("[stack]"), 0
+            elif one.name.startswith("/"):
+                meaning = _number(key, page - one.start // PAGE_SIZE), _MASK
+            else:
+                meaning = _number(one.name), _MASK
+        self[page] = meaning
+        return meaning
+
+    def plain(self, page: int, content: memoryview) -> int:
+        """Return a hash of a page's content with addresses in words that hold in any layout."""
+        lowest, end = self.lowest, self.end
+        return hash(
+            tuple(
+                word if word < lowest or word >= end else self._word(word, page, at)
+                for at, word in enumerate(content.cast("Q"))
+            )
+        )
+
+    def _word(self, word: int, page: int, at: int) -> int:
+        number, bits = self[word >> _SHIFT]
+        if number == 0:
+            # glibc (2.32) mixes pointers between free blocks with where they stand (PROTECT_PTR).
+            pointer = word ^ (page * PAGE_SIZE + 8 * at) >> 12
+            number, bits = self[pointer >> _SHIFT]
+            if number == 0:
+                return word
+            word = pointer
+        return number + (word & bits)
+
+
+def _number(*what: object) -> int:
+    return hash(what) or 1  # 0 means no mapping
 
 
 def compare(one: int, other: int, most: int = SAMPLE_PAGES, proc: Path = PROC) -> Comparison | None:
-    """Compare at most `most` pages of two processes of one program; None if one has ended.
+    """Look at about `most` pages of process `one`, and for them in process `other`.
 
-    Raises PermissionError where ptrace(2) would be refused, and KsmtoolError without xxhash.
+    Returns None if one of them has ended. Raises PermissionError where ptrace(2) would be refused,
+    and KsmtoolError without xxhash.
     """
     try:
-        maps = pages.mappings(one, proc), pages.mappings(other, proc)
-        layouts = _Layout(maps[0]), _Layout(maps[1])
-        hash_page = pages.digest()
-        with Reader(one, hash_page, proc) as left, Reader(other, hash_page, proc) as right:
-            here = _anonymous(left, layouts[0])
-            there = _anonymous(right, layouts[1])
-            every = -(-len(here) // most) or 1
-            sample = list(itertools.islice(here.items(), every // 2, None, every))
+        ours = Layout(pages.mappings(one, proc))
+        theirs = Layout(pages.mappings(other, proc))
+        function = pages.digest()
+        with Reader(one, function, proc) as left, Reader(other, function, proc) as right:
+            sample = _sample(list(_places(left, ours)), most)
+            near = _near(sample, list(_places(right, theirs)))
+            equal, in_group = set(), set()
+            for page in near:
+                content = right.content(page)
+                if content is not None:
+                    equal.add(function(content))
+                    in_group.add(theirs.plain(page, content))
             found: Counter[str] = Counter()
-            for place, page in sample:
-                found[_verdict(left, right, page, there.get(place), layouts)] += 1
+            zero = function(memoryview(bytes(PAGE_SIZE)))
+            for _, page in sample:
+                content = left.content(page)
+                if content is None:
+                    found["gone"] += 1
+                elif (hashed := function(content)) in equal:
+                    found["zeros" if hashed == zero else "equal"] += 1
+                elif ours.plain(page, content) in in_group:
+                    found["pointers"] += 1
     except pages.ENDED:
         return None
-    equal = found["equal"] + found["zeros"]
-    return Comparison(len(sample), equal, found["zeros"], found["pointers"])
+    return Comparison(
+        pages=len(sample) - found["gone"],
+        equal=found["equal"] + found["zeros"],
+        zeros=found["zeros"],
+        pointers=found["pointers"],
+    )
 
 
-def _anonymous(reader: Reader, layout: _Layout) -> dict[Place, int]:
-    """Return the page numbers of what KSM may merge, by place, in ascending order."""
-    found: dict[Place, int] = {}
-    for mapping in layout.mappings:
+Place = tuple[str, int, int]
+"""Name and number of a mapping, and pages from where it begins to grow."""
+
+
+def _places(reader: Reader, layout: Layout) -> Iterator[tuple[Place, int]]:
+    """Yield place and number of each page that KSM may merge, in ascending order."""
+    for mapping, (name, number) in zip(layout.mappings, layout.keys_of):
         if mapping.may_merge and mapping.anonymous:
+            # The heap grows upwards; what mmap gives, downwards, and joins what is above it.
+            begin = (mapping.start if name == "[heap]" else mapping.end) // PAGE_SIZE
             for chunk in reader.chunks(mapping):
                 for page in sorted(chunk.own + chunk.shared):
-                    place = layout.place(page * PAGE_SIZE)
-                    if place is not None:
-                        found[place] = page
-    return found
+                    yield (name, number, page - begin), page
 
 
-def _verdict(
-    left: Reader, right: Reader, page: int, partner: int | None, layouts: tuple[_Layout, _Layout]
-) -> str:
-    ours = left.content(page)
-    theirs = None if partner is None else right.content(partner)
-    if ours is None or theirs is None or partner is None:
-        return "missing"
-    if ours == theirs:
-        return "equal" if any(ours) else "zeros"
-    addresses = page * PAGE_SIZE, partner * PAGE_SIZE
-    same = all(
-        mine == yours or _same_place(mine, yours, at, addresses, layouts)
-        for at, (mine, yours) in enumerate(zip(ours.cast("Q"), theirs.cast("Q")))
-    )
-    return "pointers" if same else "different"
+def _sample(every: Sequence[tuple[Place, int]], most: int) -> list[tuple[Place, int]]:
+    """Return blocks of neighbours, spread over all."""
+    size = min(_BLOCK_PAGES, most)
+    blocks = [every[at : at + size] for at in range(0, len(every), size)]
+    step = max(1, -(-len(blocks) * size // most))
+    return [page for block in blocks[step // 2 :: step] for page in block]
 
 
-def _same_place(
-    mine: int, yours: int, at: int, addresses: tuple[int, int], layouts: tuple[_Layout, _Layout]
-) -> bool:
-    place = layouts[0].place(mine)
-    if place is not None and place == layouts[1].place(yours):
-        return True
-    # glibc (2.32) mixes the pointers between free blocks with where they stand: PROTECT_PTR.
-    mine ^= (addresses[0] + 8 * at) >> 12
-    yours ^= (addresses[1] + 8 * at) >> 12
-    place = layouts[0].place(mine)
-    return place is not None and place == layouts[1].place(yours)
+def _near(sample: Sequence[tuple[Place, int]], every: Sequence[tuple[Place, int]]) -> list[int]:
+    """Return the pages of the other process that are at the places of the sample, or near."""
+    wanted = set()
+    for (name, number, at), _ in sample:
+        # In steps of the slack: with the one before and the one after, it is at least that far.
+        step = at // _SLACK_PAGES
+        wanted.update((name, number, near) for near in (step - 1, step, step + 1))
+    return [
+        page for (name, number, at), page in every if (name, number, at // _SLACK_PAGES) in wanted
+    ]
