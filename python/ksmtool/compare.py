@@ -7,10 +7,12 @@ are compared a second time with each address in them put in words that hold for 
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import ne
 from pathlib import Path
 
 from ksmtool import pages
@@ -21,13 +23,18 @@ from ksmtool.process import PROC
 SAMPLE_PAGES = 2000
 _BLOCK_PAGES = 250
 _SLACK_PAGES = 128
-"""How far from its place a page of the other is looked for.
-
-CPython aligns what it gets from mmap to 16 KiB, so that all behind that can be pages away.
-"""
+"""How far from its place an equal page of the other is looked for."""
+_ALIGNED_PAGES = 3
+"""... and one that is nearly equal: CPython aligns what it gets from mmap to 16 KiB."""
+_FEW_WORDS = 16
 
 _MASK = PAGE_SIZE - 1
 _SHIFT = _MASK.bit_length()
+_WORD = (1 << 64) - 1
+
+
+Place = tuple[str, int, int]
+"""Name and number of a mapping, and pages from where it begins to grow."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,10 @@ class Comparison:
     zeros: int
     pointers: int
     """Different only in addresses of the same things: they would be equal in a group.
-
-    What hash seeds make different, and a group makes equal, is not in it, nor what a program
-    computes from addresses: it is the least that a group would add.
+"""
+    nearly: int
+    """Different in a few words besides, which mostly are what is left of addresses: in padding, in
+    freed memory. These are equal in a group, too, as a rule.
     """
 
     @property
@@ -52,8 +60,12 @@ class Comparison:
 
     @property
     def group_share(self) -> float:
-        """Return the part that it would merge in a group, 0 to 1."""
-        return (self.equal + self.pointers) / self.pages if self.pages else 0.0
+        """Return the part that it would merge in a group, 0 to 1: the least, as a rule.
+
+        What hash seeds make different, and a group makes equal, is not in it.
+        """
+        all_equal = self.equal + self.pointers + self.nearly
+        return all_equal / self.pages if self.pages else 0.0
 
 
 class Layout(dict[int, tuple[int, int]]):
@@ -93,14 +105,15 @@ class Layout(dict[int, tuple[int, int]]):
         self[page] = meaning
         return meaning
 
-    def plain(self, page: int, content: memoryview) -> int:
-        """Return a hash of a page's content with addresses in words that hold in any layout."""
+    def plain(self, page: int, content: memoryview) -> array[int]:
+        """Return the words of a page with its addresses in words that hold in any layout."""
         lowest, end = self.lowest, self.end
-        return hash(
-            tuple(
+        return array(
+            "Q",
+            [
                 word if word < lowest or word >= end else self._word(word, page, at)
                 for at, word in enumerate(content.cast("Q"))
-            )
+            ],
         )
 
     def _word(self, word: int, page: int, at: int) -> int:
@@ -112,7 +125,7 @@ class Layout(dict[int, tuple[int, int]]):
             if number == 0:
                 return word
             word = pointer
-        return number + (word & bits)
+        return (number + (word & bits)) & _WORD
 
 
 def _number(*what: object) -> int:
@@ -131,35 +144,58 @@ def compare(one: int, other: int, most: int = SAMPLE_PAGES, proc: Path = PROC) -
         function = pages.digest()
         with Reader(one, function, proc) as left, Reader(other, function, proc) as right:
             sample = _sample(list(_places(left, ours)), most)
-            near = _near(sample, list(_places(right, theirs)))
-            equal, in_group = set(), set()
-            for page in near:
-                content = right.content(page)
-                if content is not None:
-                    equal.add(function(content))
-                    in_group.add(theirs.plain(page, content))
+            known = _Known(function, right, theirs, _near(sample, list(_places(right, theirs))))
             found: Counter[str] = Counter()
-            zero = function(memoryview(bytes(PAGE_SIZE)))
-            for _, page in sample:
+            for place, page in sample:
                 content = left.content(page)
-                if content is None:
-                    found["gone"] += 1
-                elif (hashed := function(content)) in equal:
-                    found["zeros" if hashed == zero else "equal"] += 1
-                elif ours.plain(page, content) in in_group:
-                    found["pointers"] += 1
+                if content is not None:
+                    found[known.verdict(place, content, ours.plain(page, content))] += 1
     except pages.ENDED:
         return None
     return Comparison(
-        pages=len(sample) - found["gone"],
+        pages=sum(found.values()),
         equal=found["equal"] + found["zeros"],
         zeros=found["zeros"],
         pointers=found["pointers"],
+        nearly=found["nearly"],
     )
 
 
-Place = tuple[str, int, int]
-"""Name and number of a mapping, and pages from where it begins to grow."""
+class _Known:
+    """The pages of the other process that are near those of the sample."""
+
+    def __init__(
+        self,
+        function: pages.Digest,
+        reader: Reader,
+        layout: Layout,
+        near: Sequence[tuple[Place, int]],
+    ) -> None:
+        self._hash = function
+        self._zero = function(memoryview(bytes(PAGE_SIZE)))
+        self._equal: set[int] = set()
+        self._plain: set[bytes] = set()
+        self._at: dict[Place, array[int]] = {}
+        for place, page in near:
+            content = reader.content(page)
+            if content is not None:
+                self._equal.add(function(content))
+                self._at[place] = layout.plain(page, content)
+                self._plain.add(self._at[place].tobytes())
+
+    def verdict(self, place: Place, content: memoryview, plain: array[int]) -> str:
+        """Return what a page is beside those."""
+        hashed = self._hash(content)
+        if hashed in self._equal:
+            return "zeros" if hashed == self._zero else "equal"
+        if plain.tobytes() in self._plain:
+            return "pointers"
+        name, number, at = place
+        for near in range(at - _ALIGNED_PAGES, at + _ALIGNED_PAGES + 1):
+            other = self._at.get((name, number, near))
+            if other is not None and sum(map(ne, plain, other)) <= _FEW_WORDS:
+                return "nearly"
+        return "different"
 
 
 def _places(reader: Reader, layout: Layout) -> Iterator[tuple[Place, int]]:
@@ -181,13 +217,17 @@ def _sample(every: Sequence[tuple[Place, int]], most: int) -> list[tuple[Place, 
     return [page for block in blocks[step // 2 :: step] for page in block]
 
 
-def _near(sample: Sequence[tuple[Place, int]], every: Sequence[tuple[Place, int]]) -> list[int]:
+def _near(
+    sample: Sequence[tuple[Place, int]], every: Sequence[tuple[Place, int]]
+) -> list[tuple[Place, int]]:
     """Return the pages of the other process that are at the places of the sample, or near."""
-    wanted = set()
+    wanted: set[Place] = set()
     for (name, number, at), _ in sample:
         # In steps of the slack: with the one before and the one after, it is at least that far.
         step = at // _SLACK_PAGES
         wanted.update((name, number, near) for near in (step - 1, step, step + 1))
     return [
-        page for (name, number, at), page in every if (name, number, at // _SLACK_PAGES) in wanted
+        ((name, number, at), page)
+        for (name, number, at), page in every
+        if (name, number, at // _SLACK_PAGES) in wanted
     ]
