@@ -15,7 +15,7 @@ import pytest
 
 from conftest import Tree
 from ksmtool import estimate, group
-from ksmtool.compare import Comparison, _Layout
+from ksmtool.compare import Comparison, Layout
 from ksmtool.kernel import PAGE_SIZE
 from ksmtool.pages import Mapping
 from test_pages import EXCLUSIVE, PRESENT, of_byte, smaps_of
@@ -29,25 +29,29 @@ def mapping(first: int, pages: int, name: str = "") -> Mapping:
     return Mapping(first * PAGE_SIZE, (first + pages) * PAGE_SIZE, name, 4096, 0, frozenset())
 
 
-def test_places_are_those_of_another_layout() -> None:
-    one = _Layout(
-        [mapping(10, 2, "/p"), mapping(20, 4, "[heap]"), mapping(100, 8), mapping(120, 4)]
-    )
-    other = _Layout([mapping(5, 2, "/p"), mapping(9, 6, "[heap]"), mapping(50, 9), mapping(77, 4)])
+def test_addresses_in_words_of_any_layout() -> None:
+    stack = mapping(200, 4, "[stack]"), mapping(300, 9, "[stack]")
+    one = Layout([mapping(10, 2, "/p"), mapping(20, 4, "[heap]"), mapping(100, 8), stack[0]])
+    other = Layout([mapping(5, 2, "/p"), mapping(9, 6, "[heap]"), mapping(50, 9), stack[1]])
 
-    def at(page: int, byte: int = 0) -> int:
+    def same(here: int, there: int) -> bool:
+        words = (array("Q", [7, address] + [1] * (WORDS - 2)) for address in (here, there))
+        mine, yours = (memoryview(page).cast("B") for page in words)
+        return one.plain(101, mine) == other.plain(52, yours)
+
+    def at(page: int, byte: int = 8) -> int:
         return page * PAGE_SIZE + byte
 
-    assert one.place(at(11, 8)) == other.place(at(6, 8))
-    assert one.place(at(20, 16)) == other.place(at(9, 16))  # the heap, from its start
-    assert one.place(at(107, 24)) == other.place(at(58, 24))  # mmap's, from the end
-    assert one.place(at(100, 24)) == other.place(at(51, 24))
-    assert one.place(at(121)) == other.place(at(78))
-    assert one.place(at(108)) == other.place(at(59))  # the end is a place, too
-    assert one.place(at(121)) != other.place(at(79))
-    assert one.place(at(121)) != one.place(at(101))
-    for nowhere in (0, 1, at(9), at(13), at(124, 1), 1 << 63):
-        assert one.place(nowhere) is None
+    assert same(at(11), at(6))  # a file
+    assert not same(at(11), at(5))
+    assert same(at(20), at(9))  # the heap
+    assert not same(at(20), at(9, 16))
+    assert not same(at(20), at(52))
+    assert same(at(101), at(52))  # mmap's
+    assert same(at(201, 8), at(301, 1000))
+    assert same(at(16), at(16))  # no address
+    assert not same(at(16), at(17))
+    assert same(at(101, 16) ^ at(101) >> 12, at(52, 16) ^ at(52) >> 12)  # glibc's PROTECT_PTR
 
 
 def processes(root: Path, *sides: tuple[int, dict[int, bytes]]) -> Path:
@@ -73,38 +77,39 @@ def page_of(*words: int) -> bytes:
 
 
 def test_the_verdicts(tmp_path: Path) -> None:
-    def side(first: int, other: int) -> tuple[int, dict[int, bytes]]:
+    def side(first: int, number: int) -> tuple[int, dict[int, bytes]]:
         begin = first * PAGE_SIZE
-        free = begin + 6 * PAGE_SIZE
         return first, {
             0: of_byte(1),
             1: bytes(PAGE_SIZE),
-            2: page_of(begin + 40, 5),  # the same place
-            3: page_of(begin + 40 * other, 5),  # not the same
-            4: page_of(begin + 40, other),  # and a word that is no address
-            5: page_of(begin + 40 | 1 << 60),
-            6: page_of((begin + 80) ^ free >> 12),  # glibc's, between free blocks
-            **({7: of_byte(2)} if other == 1 else {}),
+            2: page_of(begin + 40, 5),  # an address
+            3: page_of(begin + 40, 6, *[100 + number] * 16),  # and a few words that are none
+            4: page_of(begin + 40, 7, *[100 + number] * 17),  # and more
+            5: page_of(8, *[200 + number] * 300),
+            **({6: of_byte(2)} if number == 1 else {9: of_byte(2)}),  # elsewhere
+            **({7: of_byte(3)} if number == 1 else {}),
         }
 
     proc = processes(tmp_path, side(32, 1), side(100, 2))
     found = estimate.compare(5, 6, proc=proc)
-    assert found == Comparison(pages=8, equal=2, zeros=1, pointers=2)
-    assert (found.equal_share, found.group_share) == (0.25, 0.5)
-    assert estimate.compare(5, 5, proc=proc) == Comparison(8, 8, 1, 0)
+    assert found == Comparison(pages=8, equal=3, zeros=1, pointers=1, nearly=1)
+    assert (found.equal_share, found.group_share) == (0.375, 0.625)
+    assert estimate.compare(5, 5, proc=proc) == Comparison(8, 8, 1, 0, 0)
 
 
 def test_a_sample_is_spread_out(tmp_path: Path) -> None:
     memory = {page: of_byte(page + 1) for page in range(16)}
-    proc = processes(tmp_path, (32, memory), (64, {**memory, 0: of_byte(99), 1: of_byte(98)}))
-    assert estimate.compare(5, 6, most=8, proc=proc) == Comparison(8, 7, 0, 0)
+    proc = processes(tmp_path, (32, memory), (64, {**memory, 4: of_byte(99), 5: of_byte(98)}))
+    assert estimate.compare(5, 6, most=4, proc=proc) == Comparison(4, 4, 0, 0, 0)
+    assert estimate.compare(5, 6, most=8, proc=proc) == Comparison(8, 8, 0, 0, 0)
+    assert estimate.compare(5, 6, most=16, proc=proc) == Comparison(16, 14, 0, 0, 0)
 
 
 def test_one_that_has_ended_is_no_error(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as child:
         child.wait()
     assert estimate.compare(os.getpid(), child.pid) is None
-    assert Comparison(0, 0, 0, 0).group_share == 0
+    assert Comparison(0, 0, 0, 0, 0).group_share == 0
 
 
 @contextmanager
@@ -146,23 +151,36 @@ def in_a_group(tree: Tree, name: str, command: Sequence[object]) -> list[object]
     return [tree.wrapper, "--group", name, "--group-required", "--", *command]
 
 
+@pytest.mark.parametrize(
+    ("what", "least"),
+    [
+        ("pointers", 0.95),
+        # What it computes from addresses is not seen, and every fourth is aligned as another.
+        ("python3", 0.15),
+    ],
+)
 def test_what_a_group_would_save_comes_true(
-    tree: Tree, victims: Victims, name: str, measured: Callable[[str], None]
+    tree: Tree,
+    victims: Victims,
+    name: str,
+    measured: Callable[[str], None],
+    what: str,
+    least: float,
 ) -> None:
-    """C and Python, started plain, beside the same in a group."""
+    """Two processes started plain, beside the same in a group: what is said is the least."""
+    command: Sequence[object] = PYTHON if what == "python3" else [victims(what), 2000]
     seed = {"PYTHONHASHSEED": "1"}
-    for what, command in (("pointers.c", [victims("pointers"), 2000]), ("python3", PYTHON)):
-        with running(command, command, env=seed) as pids:
-            plain = estimate.compare(*pids)
-        member = in_a_group(tree, name, command)
-        with running(member, member, env=seed) as pids:
-            grouped = estimate.compare(*pids)
-        assert plain is not None
-        assert grouped is not None
-        measured(
-            f"{what}, {plain.pages} pages: plain {plain.equal_share:.3f} equal, "
-            f"{plain.group_share:.3f} would be in a group, where {grouped.equal_share:.3f} are"
-        )
-        assert plain.equal_share < 0.3
-        assert grouped.equal_share > 0.9
-        assert plain.group_share == pytest.approx(grouped.equal_share, abs=0.1)
+    with running(command, command, env=seed) as pids:
+        plain = estimate.compare(pids[0], pids[1])
+    member = in_a_group(tree, name, command)
+    with running(member, member, env=seed) as pids:
+        grouped = estimate.compare(pids[0], pids[1])
+    assert plain is not None
+    assert grouped is not None
+    measured(
+        f"{what}, {plain.pages} pages: plain {plain.equal_share:.3f} equal, at least "
+        f"{plain.group_share:.3f} in a group, where {grouped.equal_share:.3f} are"
+    )
+    assert plain.equal_share < 0.1
+    assert grouped.equal_share > 0.9
+    assert least < plain.group_share < grouped.equal_share + 0.05
