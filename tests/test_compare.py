@@ -31,13 +31,24 @@ def mapping(first: int, pages: int, name: str = "") -> Mapping:
 
 def test_addresses_in_words_of_any_layout() -> None:
     stack = mapping(200, 4, "[stack]"), mapping(300, 9, "[stack]")
-    one = Layout([mapping(10, 2, "/p"), mapping(20, 4, "[heap]"), mapping(100, 8), stack[0]])
-    other = Layout([mapping(5, 2, "/p"), mapping(9, 6, "[heap]"), mapping(50, 9), stack[1]])
+    high, higher = 5 << 32, 7 << 32
+    one = Layout(
+        [
+            mapping(10, 2, "/p"),
+            mapping(20, 4, "[heap]"),
+            mapping(100, 8),
+            stack[0],
+            mapping(high, 9),
+        ]
+    )
+    other = Layout(
+        [mapping(5, 2, "/p"), mapping(9, 6, "[heap]"), mapping(50, 9), stack[1], mapping(higher, 9)]
+    )
 
     def same(here: int, there: int) -> bool:
         words = (array("Q", [7, address] + [1] * (WORDS - 2)) for address in (here, there))
         mine, yours = (memoryview(page).cast("B") for page in words)
-        return one.plain(101, mine) == other.plain(52, yours)
+        return one.plain(high, mine) == other.plain(higher, yours)
 
     def at(page: int, byte: int = 8) -> int:
         return page * PAGE_SIZE + byte
@@ -51,7 +62,8 @@ def test_addresses_in_words_of_any_layout() -> None:
     assert same(at(201, 8), at(301, 1000))
     assert same(at(16), at(16))  # no address
     assert not same(at(16), at(17))
-    assert same(at(101, 16) ^ at(101) >> 12, at(52, 16) ^ at(52) >> 12)  # glibc's PROTECT_PTR
+    assert same(at(high, 16) ^ at(high) >> 12, at(higher, 16) ^ at(higher) >> 12)  # PROTECT_PTR
+    assert not same(at(high, 16) ^ at(high) >> 12, at(higher, 24) ^ at(higher) >> 12)
 
 
 def processes(root: Path, *sides: tuple[int, dict[int, bytes]]) -> Path:

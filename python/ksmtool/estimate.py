@@ -85,6 +85,8 @@ def spared(counts: Collection[int], frames: int, share: float) -> float:
     two unbiased ways to go from the sample to all, the one with the smaller variance is taken:
     to scale up the duplicates that were seen, or to take all contents there are from all frames.
     """
+    if share == 1:
+        return frames - len(counts)
     duplicates = sum(counts) - len(counts)
     if sum((count - 1) ** 2 for count in counts) <= len(counts):
         return duplicates / share
@@ -400,6 +402,8 @@ def _together(
     contents: Mapping[str, Counter[int]],
 ) -> tuple[Mapping[int, int], Mapping[int, int]]:
     """Return hash -> frames in all programs, and hash -> a bit for each program that has it."""
+    if len(contents) == 1:
+        return next(iter(contents.values())), {}
     counts: Counter[int] = Counter()
     owners: dict[int, int] = {}
     for number, counter in enumerate(contents.values()):

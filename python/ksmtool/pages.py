@@ -208,11 +208,11 @@ class Reader:
 def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield place and length of runs of neighbours in ascending page numbers.
 
-    Most memory lies in one piece: so the longest run that can be is tried first, then half of it.
+    Each is looked for at twice the length of the one before, then at half of that, and so on.
     """
-    at = 0
+    at = length = 0
     while at < len(pages):
-        length = min(_RUN_PAGES, len(pages) - at)
+        length = min(max(2 * length, 1), _RUN_PAGES, len(pages) - at)
         while pages[at + length - 1] - pages[at] != length - 1:
             length //= 2
         yield at, length
