@@ -30,20 +30,15 @@ def mapping(first: int, pages: int, name: str = "") -> Mapping:
 
 
 def test_addresses_in_words_of_any_layout() -> None:
-    stack = mapping(200, 4, "[stack]"), mapping(300, 9, "[stack]")
-    high, higher = 5 << 32, 7 << 32
-    one = Layout(
-        [
-            mapping(10, 2, "/p"),
-            mapping(20, 4, "[heap]"),
-            mapping(100, 8),
-            stack[0],
-            mapping(high, 9),
-        ]
-    )
-    other = Layout(
-        [mapping(5, 2, "/p"), mapping(9, 6, "[heap]"), mapping(50, 9), stack[1], mapping(higher, 9)]
-    )
+    high, higher, top = 5 << 32, 7 << 32, mapping(1 << 50, 1, "[vsyscall]")
+
+    def layout(file: int, heap: int, memory: int, stack: int, far: int) -> Layout:
+        return Layout([
+            mapping(file, 2, "/p"), mapping(heap, 6, "[heap]"), mapping(memory, 9),
+            mapping(stack, 9, "[stack]"), mapping(far, 9), top,
+        ])  # fmt: skip
+
+    one, other = layout(10, 20, 100, 200, high), layout(5, 9, 50, 300, higher)
 
     def same(here: int, there: int) -> bool:
         words = (array("Q", [7, address] + [1] * (WORDS - 2)) for address in (here, there))
