@@ -24,7 +24,7 @@ from ksmtool.kernel import PAGE_SIZE
 # Each prints a line when its memory is there, and holds it until stdin ends. {mb} is 10^6 bytes.
 HOLDERS = {
     "all different": "import os; b = bytearray(os.urandom({mb} * 10**6))",
-    "equal in pairs": "import os; b = bytearray(os.urandom({mb} * 5 * 10**5) * 2)",
+    "equal in pairs": "import os; b = bytearray(os.urandom({mb} * 122 * 4096) * 2)",
     "zeros": "b = bytearray({mb} * 10**6); b[::4096] = bytes(len(b[::4096]))",
     "every second page": (
         "import mmap; b = mmap.mmap(-1, {mb} * 2 * 10**6, flags=mmap.MAP_PRIVATE)\n"
