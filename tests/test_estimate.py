@@ -159,6 +159,43 @@ def test_zeros_are_told_apart(victims: Victims) -> None:
     assert after.saved - before.saved == pytest.approx(1000 * PAGE_SIZE, abs=20 * PAGE_SIZE)
 
 
+@pytest.mark.root
+def test_the_kernels_zeros_are_nobodys_memory(victims: Victims) -> None:
+    """1000 pages that were only read: no memory of the process, and no saving."""
+    code = (
+        "import mmap; b = mmap.mmap(-1, 4096000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "b.madvise(mmap.MADV_NOHUGEPAGE); b[0] = 1\n"
+        "assert not any(b[at] for at in range(4096, len(b), 4096))"
+    )
+    with holding(python("import mmap")) as without, holding(python(code)) as pids:
+        before, after = estimate.measure(without), estimate.measure(pids)
+    assert after.anonymous == pytest.approx(before.anonymous, abs=100 * PAGE_SIZE)
+    assert after.zeros == pytest.approx(before.zeros, abs=100 * PAGE_SIZE)
+
+
+def test_what_changes_is_not_saved() -> None:
+    """Of 600 equal pages of two processes, 200 get another value all the time."""
+    code = (
+        "import mmap, threading\n"
+        "b = mmap.mmap(-1, 600 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "b.madvise(mmap.MADV_NOHUGEPAGE)\n"
+        "def fill(pages, value):\n"
+        "    for at in range(pages):\n"
+        "        b[at * 4096 : at * 4096 + 8] = (at << 40 | value).to_bytes(8, 'little')\n"
+        "def change():\n"
+        "    value = 1\n"
+        "    while True: fill(200, value); value += 1\n"
+        "fill(600, 1 << 30); threading.Thread(target=change, daemon=True).start()"
+    )
+    with holding(*[python(code)] * 2) as pids:
+        once, twice = estimate.measure(pids), estimate.measure(pids, again=0.5)
+    assert once.changing == 0
+    assert 380 <= twice.changing / PAGE_SIZE < 700
+    assert 395 <= twice.saved / PAGE_SIZE < 500
+    assert twice.seconds >= 0.5
+    assert twice.frames == pytest.approx(once.frames, rel=0.1)
+
+
 FORKED = """
 import mmap, os, random, sys
 b = mmap.mmap(-1, 4096000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -363,8 +400,8 @@ def test_json(tree: Tree, victims: Victims) -> None:
     assert {name: type(value).__name__ for name, value in found.items()} == {
         "schema": "int", "processes": "int", "unreadable": "int", "ended": "int",
         "left_out": "int", "anonymous": "int", "frames": "int", "saved": "int", "zeros": "int",
-        "metadata": "int", "swapped": "int", "share": "float", "exact": "bool",
-        "seconds": "float", "programs": "list", "pairs": "list",
+        "metadata": "int", "swapped": "int", "changing": "int", "again": "float",
+        "share": "float", "exact": "bool", "seconds": "float", "programs": "list", "pairs": "list",
     }  # fmt: skip
     assert found["schema"] == 1
     assert set(found["programs"][0]) == {
@@ -403,6 +440,8 @@ def test_all(tree: Tree, victims: Victims) -> None:
         (["--sample", "much", "1"], 2, "much is no part of a whole"),
         (["--sample", "nan", "1"], 2, "nan is no part of a whole"),
         (["999999999"], 1, "There is no process 999999999 that has memory of its own."),
+        (["--again", "-1", "1"], 2, "-1"),
+        (["--again", "nan", "1"], 2, "nan is no time"),
         (["--app", "no-such-app"], 1, "No process of no-such-app runs."),
     ],
 )
@@ -424,7 +463,8 @@ def test_parts_of_a_whole(tree: Tree, victims: Victims, text: str, share: float)
 
 FOUND = Estimate(
     processes=3, unreadable=0, ended=0, left_out=0, anonymous=120_000_000, frames=100_000_000,
-    saved=40_000_000, zeros=10_000_000, metadata=1_875_000, swapped=0, share=1.0, exact=True,
+    saved=40_000_000, zeros=10_000_000, metadata=1_875_000, swapped=0, changing=0, again=0.0,
+    share=1.0, exact=True,
     seconds=0.1,
     programs=(
         Program("/usr/bin/one", 2, 90_000_000, 80_000_000, 30_000_000, 8_000_000),
@@ -440,7 +480,8 @@ def test_the_sentences() -> None:
         "merge, 10.0 MB of it pages of zeros.",
         "The kernel's records of these pages would take 1.9 MB: 38.1 MB are left.",
         "Note: 20.0 MB are shared already, by fork or KSM.",
-        "Pages that a program keeps changing are counted, but KSM does not merge them.",
+        "Note: pages that a program keeps changing are not merged, but counted here; --again 30 "
+        "looks twice.",
     ]
 
 
@@ -453,6 +494,7 @@ def test_the_sentences() -> None:
         ({"exact": False}, "only root is told page frames"),
         ({"left_out": 2}, "2 processes left out, as the policy says"),
         ({"unreadable": 1}, "1 process may not be looked at"),
+        ({"again": 5.0, "changing": 3_000_000}, "3.0 MB changed within 5 s: KSM does not merge"),
         ({"ended": 2}, "2 processes ended meanwhile"),
         ({"frames": 0, "saved": 0, "processes": 0}, "0.0 MB (0.0 %)"),
     ],
@@ -472,6 +514,8 @@ def test_the_tables_fit_a_terminal(width: int) -> None:
         assert "…" not in text
         assert max(map(len, text.partition("KSM could")[0].splitlines())) <= width
     assert "5 more" in text
+    assert "program-14" in text
+    assert "program-19" not in text
     assert "4 more pairs" in text
 
 

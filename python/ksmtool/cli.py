@@ -231,10 +231,22 @@ def _share(_context: click.Context, _parameter: click.Parameter, text: str | Non
     callback=_share,
     help="Count only this part of the contents (10%, or 0.1) and conclude the rest.",
 )
+@click.option(
+    "--again",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Look twice, that long apart, and leave out what changed: KSM does not merge that.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of tables.")
 @click.argument("pids", nargs=-1, type=click.IntRange(min=1), metavar="[PID]...")
 def estimate(
-    app: str | None, every: bool, share: float, as_json: bool, pids: tuple[int, ...]
+    app: str | None,
+    every: bool,
+    share: float,
+    again: float,
+    as_json: bool,
+    pids: tuple[int, ...],
 ) -> None:
     """Say what KSM could save of running processes as they are, before anything is enabled.
 
@@ -249,6 +261,8 @@ def estimate(
 
     if (app is not None) + every + bool(pids) != 1:
         raise click.UsageError("Either PIDs, or --app NAME, or --all.")
+    if math.isnan(again) or math.isinf(again):
+        raise click.BadParameter(f"{again} is no time", param_hint="--again")
     rules = None
     if every:
         rules = replace(policies.load(), off=False)
@@ -256,7 +270,7 @@ def estimate(
     else:
         wanted = estimates.named(pids) if app is None else estimates.of_program(app)
     with _progress() as say:
-        found = estimates.measure(wanted, rules, share, say)
+        found = estimates.measure(wanted, rules, share, again, say)
     if as_json:
         click.echo(report.as_json(found))
     else:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -143,6 +145,10 @@ class Estimate:
     """Kernel memory for ksmd's records, to be taken off `saved`."""
     swapped: int
     """Memory that is swapped out: not read, so not known."""
+    changing: int
+    """The part of `frames` that changed between the two looks, if there were two: not saved."""
+    again: float
+    """Seconds from the first look to the second; 0 if there was one."""
     share: float
     """The part of all contents that was counted, 0 to 1; the rest is concluded from it."""
     exact: bool
@@ -221,16 +227,26 @@ def measure(
     pids: Sequence[int],
     rules: policy.Policy | None = None,
     share: float = 1.0,
+    again: float = 0.0,
     say: Say = _silent,
     root: Path = Path("/"),
 ) -> Estimate:
     """Look at the processes and return what KSM would save of them.
 
-    Those that `rules` leave out are left out. Raises KsmtoolError if none may be looked at.
+    Those that `rules` leave out are left out. If `again` is not 0, they are looked at a second time
+    that many seconds after the first, and only pages that have not changed count as saved; that
+    takes 16 bytes for each page. Raises KsmtoolError if none may be looked at.
     """
     start = time.monotonic()
     proc = root / "proc"
     look = _Look(proc, share)
+    if again:
+        for number, pid in enumerate(pids):
+            say("first look", number / len(pids))
+            look.remember(pid)
+        while (left := start + again - time.monotonic()) > 0:
+            say(f"second look in {left:.0f} s", 1.0)
+            time.sleep(min(left, 0.5))
     sizes = {pid: _resident(pid, proc) for pid in pids}
     whole = max(sum(sizes.values()), 1)
     done = 0
@@ -245,7 +261,7 @@ def measure(
             ExitStatus.NEEDS_ROOT,
         )
     zeros_too = Ksm(root).number("use_zero_pages") == 1
-    return look.result(zeros_too, time.monotonic() - start)
+    return look.result(zeros_too, time.monotonic() - start, again)
 
 
 class _Look:
@@ -270,6 +286,29 @@ class _Look:
         self.seen: set[int] = set()
         self.nobodys: set[int] = set()
         """Frames and hashes of the kernel's page of zeros."""
+        self.before: dict[int, tuple[array[int], array[int]]] | None = None
+        """By process: pages and their hashes at the first look, if there was one."""
+        self.changing: Counter[str] = Counter()
+
+    def remember(self, pid: int) -> None:
+        """Look at one process for the first of two times; one that cannot be read has no pages."""
+        self.before = self.before or {}
+        seen = self.before[pid] = array("Q"), array("Q")
+        with suppress(PermissionError, *ENDED):
+            found = [one for one in pages.mappings(pid, self.proc) if one.may_merge]
+            with Reader(pid, self.hash, self.proc) as reader:
+                for mapping in found:
+                    for chunk in reader.chunks(mapping) if mapping.anonymous else ():
+                        for more, kept in zip(reader.hashes(chunk.own), seen):
+                            kept.extend(more)
+
+    def _unchanged(
+        self, program: str, before: Mapping[int, int], there: Sequence[int], hashes: list[int]
+    ) -> list[int]:
+        """Return the hashes of the pages that are as they were at the first look."""
+        same = [one for page, one in zip(there, hashes) if before.get(page) == one]
+        self.changing[program] += len(hashes) - len(same)
+        return same
 
     def at(self, pid: int, rules: policy.Policy | None, say: Callable[[int, str], None]) -> None:
         """Look at one process; `say` is told the bytes read of it, and its program."""
@@ -288,6 +327,7 @@ class _Look:
     def _read(self, pid: int, program: str, say: Callable[[int, str], None]) -> None:
         found = [one for one in pages.mappings(pid, self.proc) if one.may_merge]
         read = 0
+        before = None if self.before is None else dict(zip(*self.before[pid]))
         with Reader(pid, self.hash, self.proc) as reader:
             self.processes[program] += 1
             for mapping in found:
@@ -295,8 +335,10 @@ class _Look:
                 if not mapping.anonymous:
                     continue
                 for chunk in reader.chunks(mapping):
-                    _, hashes = reader.hashes(chunk.own)
+                    there, hashes = reader.hashes(chunk.own)
                     self.own[program] += len(hashes)
+                    if before is not None:
+                        hashes = self._unchanged(program, before, there, hashes)
                     self.tally.add(program, hashes)
                     if chunk.shared:
                         self._add_shared(reader, program, chunk)
@@ -338,7 +380,7 @@ class _Look:
             count for counter in shared for key, count in counter.items() if key not in self.nobodys
         )
 
-    def result(self, zeros_too: bool, seconds: float) -> Estimate:
+    def result(self, zeros_too: bool, seconds: float, again: float = 0.0) -> Estimate:
         """Return it all; `zeros_too`: of zeros not even one page is kept (use_zero_pages)."""
         tally = self.tally
         share = tally.share
@@ -347,7 +389,7 @@ class _Look:
                 name=name,
                 processes=count,
                 anonymous=self._anonymous(name) * PAGE_SIZE,
-                frames=(tally.frames[name] + tally.zeros[name]) * PAGE_SIZE,
+                frames=(tally.frames[name] + tally.zeros[name] + self.changing[name]) * PAGE_SIZE,
                 saved=_bytes(
                     spared(tally.contents[name].values(), tally.frames[name], share)
                     + _without_kept(tally.zeros[name], zeros_too)
@@ -370,6 +412,8 @@ class _Look:
             zeros=zeros * PAGE_SIZE,
             metadata=anonymous // PAGE_SIZE * RMAP_ITEM_BYTES,
             swapped=self.swapped,
+            changing=sum(self.changing.values()) * PAGE_SIZE,
+            again=again,
             share=share,
             exact=not self.seen,
             seconds=seconds,

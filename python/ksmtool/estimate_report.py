@@ -82,7 +82,13 @@ def sentences(found: Estimate) -> list[str]:
         said.append(f"Warning: {some} may not be looked at: root may.")
     if found.ended:
         said.append(f"Note: {_count(found.ended, 'process', 'processes')} ended meanwhile.")
-    said.append("Pages that a program keeps changing are counted, but KSM does not merge them.")
+    said.append(
+        f"Note: {_mb(found.changing)} MB changed within {found.again:g} s: KSM does not merge "
+        "that, and it is not in what is saved."
+        if found.again
+        else "Note: pages that a program keeps changing are not merged, but counted here; "
+        "--again 30 looks twice."
+    )
     return said
 
 
