@@ -506,7 +506,8 @@ def test_what_has_to_be_said_besides(change: dict[str, Any], words: str) -> None
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_tables_fit_a_terminal(width: int) -> None:
     many = tuple(replace(FOUND.programs[0], name=f"/usr/bin/program-{n}") for n in range(20))
-    pairs = tuple(Pair(one.name, many[0].name, 1000) for one in many[1:])
+    pairs = tuple(Pair(one.name, many[0].name, 1_000_000) for one in many[1:])
+    pairs += (Pair("/usr/bin/few", many[0].name, 40_000),)
     for found in (FOUND, replace(FOUND, programs=many, pairs=pairs)):
         console = Console(file=io.StringIO(), width=width)
         estimate_report.print_tables(found, console)
@@ -515,6 +516,7 @@ def test_the_tables_fit_a_terminal(width: int) -> None:
         assert max(map(len, text.partition("KSM could")[0].splitlines())) <= width
     assert "5 more" in text
     assert "program-14" in text
+    assert "few" not in text
     assert "program-19" not in text
     assert "4 more pairs" in text
 

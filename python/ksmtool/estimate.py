@@ -28,7 +28,7 @@ from ksmtool.trial import RMAP_ITEM_BYTES
 __all__ = ["Comparison", "Estimate", "Pair", "Program", "Tally", "compare", "measure"]
 
 MOST_CONTENTS = 1 << 20
-"""Contents kept in memory, at about 130 bytes each."""
+"""Contents kept in memory, at about 110 bytes each."""
 
 _ALL = 1 << 64
 

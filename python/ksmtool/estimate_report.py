@@ -19,6 +19,7 @@ from ksmtool.estimate import Estimate, Pair, Program
 SCHEMA = 1
 MB = 1e6
 MOST_ROWS = 15
+_LEAST = MB / 20  # what is shown as 0.0 is no row
 
 
 def as_json(found: Estimate) -> str:
@@ -30,8 +31,9 @@ def print_tables(found: Estimate, console: Console) -> None:
     """Print a row for each program, one for each pair that shares, then what it means in words."""
     names = short_names(program.name for program in found.programs)
     console.print(_programs(found.programs, names))
-    if found.pairs:
-        console.print(_pairs(found.pairs, names))
+    pairs = [pair for pair in found.pairs if pair.saved >= _LEAST]
+    if pairs:
+        console.print(_pairs(pairs, names))
     for line in sentences(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -79,7 +81,7 @@ def sentences(found: Estimate) -> list[str]:
         said.append(f"Note: {some} left out, as the policy says: ksmtool policy check.")
     if found.unreadable:
         some = _count(found.unreadable, "process", "processes")
-        said.append(f"Warning: {some} may not be looked at: root may.")
+        said.append(f"Warning: {some} may not be looked at; root may look at nearly all.")
     if found.ended:
         said.append(f"Note: {_count(found.ended, 'process', 'processes')} ended meanwhile.")
     said.append(
