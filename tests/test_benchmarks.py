@@ -124,6 +124,17 @@ def test_spread_of_what_is_known() -> None:
     assert lopsided.entropy < 40 - 5
 
 
+def test_estimate(tmp_path: Path) -> None:
+    results = measure(tmp_path, "estimate", "--rounds", "2", "--mb", "20")
+    memory = results["memory"]
+    assert memory["all different"]["bytes"] >= 20_000_000
+    assert memory["all different"]["saved"] < 2_000_000
+    assert memory["equal in pairs"]["saved"] == pytest.approx(10_000_000, abs=2_000_000)
+    assert memory["zeros"]["saved"] > 19_000_000
+    assert memory["every second page"]["bytes"] >= 20_000_000
+    assert results["max_rss"] < 100_000_000
+
+
 def test_start(tmp_path: Path) -> None:
     before = set(group.files())
     results = measure(tmp_path, "start", "--rounds", "2")

@@ -208,6 +208,76 @@ def try_(
         plotting.save(result, Path(plot))
 
 
+def _share(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float:
+    """Return what `10%`, `10` and `0.1` all mean as a part of 1."""
+    if text is None:
+        return 1.0
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    share = number / 100 if text.endswith("%") or number > 1 else number
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"{text} is no part of a whole: 10%, 10 and 0.1 are the same.")
+    return share
+
+
+@cli.command()
+@click.option("--app", metavar="NAME", help="All processes of this program.")
+@click.option("--all", "every", is_flag=True, help="All processes but those the policy leaves out.")
+@click.option(
+    "--sample",
+    "share",
+    metavar="PERCENT",
+    callback=_share,
+    help="Count only this part of the contents (10%, or 0.1) and conclude the rest.",
+)
+@click.option(
+    "--again",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Look twice, that long apart, and leave out what changed: KSM does not merge that.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of tables.")
+@click.argument("pids", nargs=-1, type=click.IntRange(min=1), metavar="[PID]...")
+def estimate(
+    app: str | None,
+    every: bool,
+    share: float,
+    again: float,
+    as_json: bool,
+    pids: tuple[int, ...],
+) -> None:
+    """Say what KSM could save of running processes as they are, before anything is enabled.
+
+    Their anonymous pages are read and compared by a hash; nothing of them is changed. That takes
+    root, or processes of one's own.
+    """
+    from rich.console import Console  # noqa: PLC0415
+
+    from ksmtool import estimate as estimates  # noqa: PLC0415
+    from ksmtool import estimate_report as report  # noqa: PLC0415
+    from ksmtool import policy as policies  # noqa: PLC0415
+
+    if (app is not None) + every + bool(pids) != 1:
+        raise click.UsageError("Either PIDs, or --app NAME, or --all.")
+    if math.isnan(again) or math.isinf(again):
+        raise click.BadParameter(f"{again} is no time", param_hint="--again")
+    rules = None
+    if every:
+        rules = replace(policies.load(), off=False)
+        wanted = estimates.everything()
+    else:
+        wanted = estimates.named(pids) if app is None else estimates.of_program(app)
+    with _progress() as say:
+        found = estimates.measure(wanted, rules, share, again, say)
+    if as_json:
+        click.echo(report.as_json(found))
+    else:
+        report.print_tables(found, Console())
+
+
 @cli.group()
 def group() -> None:
     """Look at the groups of processes that share a secret layout, or forget one."""
