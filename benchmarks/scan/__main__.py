@@ -31,6 +31,7 @@ from ksmtool.state import State
 from ksmtool.trial import Fleet, Options, arms_named, wait_ready
 
 PROGRAM = Path(__file__).parent.parent / "fleet" / "programs" / "python.py"
+DEFAULT = "the kernel's defaults"
 NONE = {"advisor_mode": "none"}
 DEFAULTS = {
     "advisor_mode": "none",
@@ -64,12 +65,15 @@ def main() -> int:
     parser.add_argument("--quiet", type=float, default=40, help="seconds without a change (40)")
     parser.add_argument("--advisor", action="store_true", help="also the kernel's advisor")
     parser.add_argument("--most", type=float, default=400, help="seconds for a rate (400)")
+    parser.add_argument("--only", action="append", metavar="RATE", help="beside the defaults")
     given = parser.parse_args()
     ksm = Ksm()
     runs: dict[str, list[Sample]] = {}
     try:
         with ksm.borrowed() as found:
             for name, start in rates(ksm, found, given.advisor).items():
+                if given.only and name not in (DEFAULT, *given.only):
+                    continue
                 common.say(name)
                 runs[name] = measured(ksm, start, given)
     except KsmtoolError as error:
@@ -79,7 +83,7 @@ def main() -> int:
         print("scan: stopped; KSM is as it was, no copy is left", file=sys.stderr)
         return ExitStatus.INTERRUPTED
     goal = 0.95 * max(run[-1].merged for run in runs.values())
-    first = reached(runs["the kernel's defaults"], goal)
+    first = reached(runs[DEFAULT], goal)
     rows = []
     for name, run in runs.items():
         there = reached(run, goal)
@@ -163,7 +167,7 @@ def rates(ksm: Ksm, found: Mapping[str, str], advisor: bool) -> dict[str, Start]
         return fixed(profile.settings(profile.PROFILES[name], found, None, 0.0))
 
     return {
-        "the kernel's defaults": fixed(DEFAULTS),
+        DEFAULT: fixed(DEFAULTS),
         "ksmtuned's arithmetic": ksmtuned,
         **{name: rate(name) for name in profile.PROFILES},
         "balanced --settle": settle,

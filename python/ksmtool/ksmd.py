@@ -191,8 +191,9 @@ class Settled:
 def settle(ksm: Ksm, kept: State, timeout: float, say: Callable[[str, float], None]) -> Settled:
     """Scan as fast as ksmd can until merging has settled, then go on at the rate of `kept`.
 
-    Settled is: two full passes in a row by each of which less than 1 % more was merged; the time
-    is up after `timeout` seconds. Also if it fails or is interrupted the rate is that of `kept`.
+    Settled is: a pass by which less than 1 % more was merged, from the third on, since a page is
+    merged the second time that it is looked at; the time is up after `timeout` seconds. Also if it
+    fails or is interrupted the rate is that of `kept`.
     Raises KsmtoolError.
     """
     start, cpu = time.monotonic(), ksm.ksmd_cpu_seconds()
@@ -221,17 +222,19 @@ _IDLE_SECONDS = 3.0
 def _wait_for_quiet(
     ksm: Ksm, start: float, timeout: float, say: Callable[[str, float], None]
 ) -> str:
-    quiet = 0
+    passes = 0
     scans, merged = ksm.counters().full_scans, ksm.counters().merged
     worked, cpu = start, ksm.ksmd_cpu_seconds()
-    while quiet < 2:
+    while True:
         counters, now, used = ksm.counters(), time.monotonic(), ksm.ksmd_cpu_seconds()
         if not ksm.running():
             raise KsmtoolError("Something else has switched KSM off.", "See ksmtool kernel-status.")
         saved = counters.general_profit_bytes / 1e6
         say(f"settling: KSM saves {saved:.0f} MB", min((now - start) / timeout, 1))
         if counters.full_scans > scans:
-            quiet = quiet + 1 if counters.merged <= merged * 1.01 else 0
+            passes += counters.full_scans - scans
+            if passes >= 3 and counters.merged <= merged * 1.01:
+                return "settled"
             scans, merged = counters.full_scans, counters.merged
         if used is None or cpu is None or used - cpu > 0.01:
             worked, cpu = now, used
@@ -240,7 +243,6 @@ def _wait_for_quiet(
         if now - start > timeout:
             return "late"
         time.sleep(0.05)
-    return "settled"
 
 
 @dataclass(frozen=True)
