@@ -386,8 +386,10 @@ def test_what_is_written_for_the_next_boot(name: str, root: Path) -> None:
             assert boot.installed(init, root) is there
         return
     assert files is not None
+    planned = boot.planned(files, root)
     changed = boot.install(files, root)
-    assert boot.install(files, root) == []
+    assert planned == changed
+    assert boot.planned(files, root) == boot.install(files, root) == []
     assert not boot.installed(init, root), "nothing is there to be run"
     (root / KSMTOOL.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
     (root / KSMTOOL.lstrip("/")).touch()

@@ -118,17 +118,19 @@ def install(wanted: Files, root: Path = Path("/")) -> list[str]:
     Raises KsmtoolError, and all is as it was; also for a file of that name that is not ours, such
     as the link that masks a unit.
     """
-    mode = 0o755 if wanted.executable else 0o644
-    entries = {path: _Entry(text.encode(), mode) for path, text in wanted.texts.items()}
-    entries.update((path, _Entry(link=target)) for path, target in wanted.links.items())
     for path in wanted.texts:
         if not _is_ours(root / path):
             raise KsmtoolError(
                 f"/{path} is there, and not of ksmtool kernel-enable.",
                 f"Remove it, or if it is masked: systemctl unmask {NAME}.service",
             )
-    with _changed(entries, wanted.reload, root) as changed:
+    with _changed(_entries(wanted), wanted.reload, root) as changed:
         return changed
+
+
+def planned(wanted: Files, root: Path = Path("/")) -> list[str]:
+    """Return the paths that `install` would change."""
+    return [path for path, entry in _entries(wanted).items() if _entry(root / path) != entry]
 
 
 @contextmanager
@@ -177,6 +179,12 @@ class _Entry:
     content: bytes = b""
     mode: int = 0
     link: str = ""
+
+
+def _entries(wanted: Files) -> dict[str, _Entry | None]:
+    mode = 0o755 if wanted.executable else 0o644
+    links = {path: _Entry(link=target) for path, target in wanted.links.items()}
+    return {**{path: _Entry(text.encode(), mode) for path, text in wanted.texts.items()}, **links}
 
 
 def _is_ours(file: Path) -> bool:

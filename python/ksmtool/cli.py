@@ -542,8 +542,8 @@ def kernel_enable(name: str | None, cpu: int | None, settle: bool, dry_run: bool
     files = boot.files(init, install.ksmtool())
     if dry_run:
         _print_changes(ksmd.planned(ksm, wanted.settings(ksm)))
-        for path in (*files.texts, *files.links) if files else ():
-            click.echo(f"/{path} would be there")
+        for path in boot.planned(files) if files else ():
+            click.echo(f"/{path} would be written")
         return
     ksmd.require_root()
     with ksm.locked():
@@ -655,10 +655,14 @@ def kernel_disable(unmerge: bool, dry_run: bool) -> None:
         click.echo(f"note: {error.message} The kernel's defaults are what is set.", err=True)
         known = state.State("balanced", None, profile.DEFAULTS)
     if dry_run:
-        _print_changes(ksmd.planned(ksm, known.found if known else {}))
+        paths = boot.ours(init)
+        if known is None and not paths:
+            click.echo("Nothing of kernel-enable is there.")
+        else:
+            _print_changes(ksmd.planned(ksm, known.found if known else {}))
         if unmerge:
             click.echo("Every merged page would be unmerged.")
-        for path in boot.ours(init):
+        for path in paths:
             click.echo(f"/{path} would be removed")
         return
     ksmd.require_root()
@@ -667,7 +671,7 @@ def kernel_disable(unmerge: bool, dry_run: bool) -> None:
     for path in paths:
         click.echo(f"removed /{path}")
     if known is None and not paths and not changes:
-        click.echo("Nothing of kernel-enable was there.")
+        click.echo("Nothing of kernel-enable is there.")
     else:
         _print_changes(changes)
     if boot.files(init, "") is None and boot.installed(init):
