@@ -23,7 +23,6 @@ _WANTS = (
     "lib/systemd/system",
 )
 
-
 # What OpenRC, runit and sysvinit start.
 _STARTED = ("etc/runlevels/*/{}", "var/service/{}", "etc/rc[2-5].d/S[0-9][0-9]{}")
 

@@ -30,15 +30,14 @@ class Profile:
     """Percent of one CPU, at most."""
     scan_seconds: int
     """What the kernel's advisor (Linux 6.8) tries to make a pass take, within that."""
-    why: str
 
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("gentle", 2, 600, "for laptops and for what rarely changes"),
-        Profile("balanced", 15, 60, "for servers"),
-        Profile("fast", 70, 20, "for many short-lived processes, where memory is what lacks"),
+        Profile("gentle", 2, 600),
+        Profile("balanced", 15, 60),
+        Profile("fast", 70, 20),
     )
 }
 
