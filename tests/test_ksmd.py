@@ -512,6 +512,22 @@ def test_a_manager_that_runs(tmp_path: Path, words: tuple[str, ...], expected: s
     assert [owner.name for owner in owners.found(root)] == ([expected] if expected else [])
 
 
+@pytest.mark.root
+def test_a_users_process_of_that_name_is_none(tmp_path: Path) -> None:
+    one = DISTRIBUTIONS["debian-13"]
+    root = one.make(tmp_path)
+    one.running(root, 7, "/usr/sbin/ksmtuned")
+    os.chown(root / "proc/7", 65534, -1)
+    assert owners.found(root) == []
+
+
+def test_a_masked_file_of_tmpfiles_is_none(tmp_path: Path) -> None:
+    root = DISTRIBUTIONS["cachyos"].make(tmp_path)
+    (root / "etc/tmpfiles.d").mkdir()
+    (root / "etc/tmpfiles.d/ksm.conf").symlink_to("/dev/null")
+    assert [owner.name for owner in owners.found(root)] == ["ksmd.service"]
+
+
 @pytest.mark.parametrize("where", ["etc", "run"])
 def test_a_masked_manager_is_none(tmp_path: Path, where: str) -> None:
     root = DISTRIBUTIONS["debian-13 with ksmtuned"].make(tmp_path)

@@ -77,7 +77,7 @@ def _parse(document: Mapping[str, object]) -> State:
         raise ValueError(document)
     if not isinstance(settings, dict) or not (cpu is None or limited):
         raise ValueError(document)
-    kept = {name: str(value) for name, value in settings.items() if name in profile.SETS}
+    kept = {str(setting): str(value) for setting, value in settings.items()}
     return State(str(name), cpu if isinstance(cpu, int) else None, kept)
 
 
