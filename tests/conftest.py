@@ -14,8 +14,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -435,3 +437,24 @@ def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
             print(f"\nmeasured on {platform.release()}: {line}")
 
     return show
+
+
+@contextmanager
+def kept_running(*commands: Sequence[object], **options: Any) -> Iterator[list[int]]:
+    """Run commands that say a line when their memory is there, and end them."""
+    with ExitStack() as stack:
+        children = []
+        for command in commands:
+            child = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                **options,
+            )
+            stack.enter_context(child)
+            stack.callback(child.kill)
+            children.append(child)
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline()
+        yield [child.pid for child in children]

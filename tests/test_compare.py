@@ -8,19 +8,16 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from conftest import Tree
+from conftest import Tree, Victims, kept_running
 from ksmtool import estimate, group
 from ksmtool.compare import Comparison, Layout
 from ksmtool.kernel import PAGE_SIZE
 from ksmtool.pages import Mapping
 from test_pages import EXCLUSIVE, PRESENT, of_byte, smaps_of
-
-Victims = Callable[..., Path]
 
 WORDS = PAGE_SIZE // 8
 
@@ -119,26 +116,6 @@ def test_one_that_has_ended_is_no_error(tmp_path: Path) -> None:
     assert Comparison(0, 0, 0, 0, 0).group_share == 0
 
 
-@contextmanager
-def running(*commands: Sequence[object], env: dict[str, str] | None = None) -> Iterator[list[int]]:
-    with ExitStack() as stack:
-        children = []
-        for command in commands:
-            child = subprocess.Popen(
-                [str(word) for word in command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, **(env or {})},
-            )
-            stack.enter_context(child)
-            stack.callback(child.kill)
-            children.append(child)
-        for child in children:
-            assert child.stdout is not None
-            assert child.stdout.readline()
-        yield [child.pid for child in children]
-
-
 PYTHON = [
     sys.executable,
     "-c",
@@ -177,10 +154,10 @@ def test_what_a_group_would_save_comes_true(
     """Two processes started plain, beside the same in a group: what is said is the least."""
     command: Sequence[object] = PYTHON if what == "python3" else [victims(what), 2000]
     seed = {"PYTHONHASHSEED": "1"}
-    with running(command, command, env=seed) as pids:
+    with kept_running(command, command, env={**os.environ, **seed}) as pids:
         plain = estimate.compare(pids[0], pids[1])
     member = in_a_group(tree, name, command)
-    with running(member, member, env=seed) as pids:
+    with kept_running(member, member, env=seed) as pids:
         grouped = estimate.compare(pids[0], pids[1])
     assert plain is not None
     assert grouped is not None

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from conftest import need, need_command, run
+from ksmtool import install
+from ksmtool.errors import KsmtoolError
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,3 +122,8 @@ def test_a_wheel_by_debian_12s_own_meson_python(source: Path, tmp_path: Path) ->
     explained = run([venv / "bin/ksmtool", "wrap", "--explain", "echo", "hello"])
     assert explained.stdout == "hello\n"
     assert f"LD_PRELOAD={venv}/lib/ksm-preload/libksm_preload" in explained.stderr
+
+
+def test_what_cannot_be_looked_at_is_not_trusted() -> None:
+    with pytest.raises(KsmtoolError, match="Cannot look at /no/such: No such file"):
+        install.require_trusted("/no/such")

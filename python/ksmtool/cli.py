@@ -209,17 +209,16 @@ def try_(
 
 
 def _share(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float:
-    """Return what `10%`, `10` and `0.1` all mean as a part of 1."""
+    """Return `10` and `10%` as a part of 1."""
     if text is None:
         return 1.0
     try:
-        number = float(text.removesuffix("%"))
+        percent = float(text.removesuffix("%"))
     except ValueError:
-        number = math.nan
-    share = number / 100 if text.endswith("%") or number > 1 else number
-    if not 0 < share <= 1:
-        raise click.BadParameter(f"{text} is no part of a whole: 10%, 10 and 0.1 are the same.")
-    return share
+        percent = math.nan
+    if not 0 < percent <= 100:
+        raise click.BadParameter(f"{text} is no part of a whole: 10 and 10% are a tenth.")
+    return percent / 100
 
 
 @cli.command()
@@ -230,7 +229,7 @@ def _share(_context: click.Context, _parameter: click.Parameter, text: str | Non
     "share",
     metavar="PERCENT",
     callback=_share,
-    help="Count only this part of the contents (10%, or 0.1) and conclude the rest.",
+    help="Count only this part of the contents (10 or 10%) and conclude the rest.",
 )
 @click.option(
     "--again",
@@ -533,6 +532,8 @@ def kernel_enable(name: str | None, cpu: int | None, settle: bool, dry_run: bool
     ksmd.require_host()
     for owner in ksmd.require_ours():
         click.echo(f"note: {owner.name} {owner.does}.", err=True)
+    if not dry_run:
+        ksmd.require_root()
     install.require_trusted_ksmtool()
     known = state.read()
     if name is None and known is not None:
@@ -545,7 +546,6 @@ def kernel_enable(name: str | None, cpu: int | None, settle: bool, dry_run: bool
         for path in boot.planned(files) if files else ():
             click.echo(f"/{path} would be written")
         return
-    ksmd.require_root()
     with ksm.locked():
         with undisturbed():
             changes, paths = ksmd.enable(wanted.profile, cpu, ksm, files)

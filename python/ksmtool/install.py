@@ -32,10 +32,16 @@ def require_trusted_ksmtool() -> None:
 
 
 def require_trusted(path: str) -> None:
-    """Raise KsmtoolError if others than root can change what root is to run at each boot."""
+    """Raise KsmtoolError if others than root can change what root is to run at each boot.
+
+    Also if that cannot be told.
+    """
     real = Path(path).resolve()
     for part in (real, *real.parents):
-        status = part.stat()
+        try:
+            status = part.stat()
+        except OSError as error:
+            raise KsmtoolError(f"Cannot look at {part}: {error.strerror}.") from error
         if status.st_uid != 0 or status.st_mode & 0o022:
             raise KsmtoolError(f"{part} can be changed by others than root.", f"See: ls -ld {part}")
 
