@@ -164,3 +164,15 @@ def test_a_peer_that_is_not_there_is_status_2() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "no such peer library: /no/such.so\n"
+
+
+@pytest.mark.slow
+def test_status(tmp_path: Path) -> None:
+    results = measure(tmp_path, "status", "--processes", "20", "--rounds", "2")
+    assert set(results["times"]) == {
+        "a refresh of top",
+        "status --json",
+        "... without the second",
+    }
+    assert results["seen"]["opted_in"] >= 20
+    assert all(one["peak_rss"] < 60e6 for one in results["times"].values())

@@ -63,6 +63,66 @@ def test_linux_6_1_says_it_only_in_smaps(tmp_path: Path, flags: str, opted_in: i
     assert (memory.opted_in, memory.rmap_items, memory.merging_pages) == (opted_in, 3, 0)
 
 
+def test_linux_6_1_has_the_merged_pages_in_a_file_of_their_own(tmp_path: Path) -> None:
+    files = {
+        "smaps_rollup": ROLLUP.format(anon="Pss_Anon:   300 kB\n"),
+        "ksm_stat": "ksm_rmap_items 3\n",
+        "ksm_merging_pages": "2\n",
+        "smaps": MAPS.format(flags=" mg"),
+    }
+    memory = process.memory(5, fixture(tmp_path, 5, files))
+    assert memory is not None
+    assert (memory.rmap_items, memory.merging_pages) == (3, 2)
+
+
+def test_no_more_of_smaps_is_read_than_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Linux 6.14: what the prctl opted in says so in its first mappings."""
+    other = MAPS.format(flags="")
+    mark = MAPS.format(flags=" mg")
+    fixture(tmp_path, 5, {"smaps": mark + other * 5000})
+    fixture(tmp_path, 6, {"smaps": other * 5000 + mark})
+    # A name is no flag, nor is a flag cut in two by where a part ends.
+    fixture(tmp_path, 7, {"smaps": other.replace("0\n", "0 /a mg\n", 1) * 5000})
+    fixture(tmp_path, 8, {"smaps": "x" * ((1 << 16) - 9) + "\n" + "VmFlags: rd mg\n"})
+    assert [process.opted_in(pid, tmp_path) for pid in (5, 6, 7, 8)] == [True, True, False, True]
+
+
+STATUS = """Name:\t{name}
+State:\tS (sleeping)
+Tgid:\t5
+Pid:\t5
+PPid:\t42
+TracerPid:\t0
+Uid:\t1000\t0\t0\t0
+Gid:\t1000\t0\t0\t0
+{memory}Threads:\t1
+"""
+
+
+def test_identity(tmp_path: Path) -> None:
+    text = STATUS.format(name="Web Content", memory="VmSize:\t 5000 kB\nVmRSS:\t   1200 kB\n")
+    fixture(tmp_path, 5, {"status": text})
+    assert process.identity(5, tmp_path) == process.Identity(
+        pid=5, parent=42, name="Web Content", uid=0, resident=1200 * 1024
+    )
+    # A thread of the kernel, or a zombie; one that ended.
+    fixture(tmp_path, 6, {"status": STATUS.format(name="kworker/0:1", memory="")})
+    assert process.identity(6, tmp_path) is None
+    assert process.identity(7, tmp_path) is None
+
+
+def test_identity_of_names_that_look_like_something_else(tmp_path: Path) -> None:
+    memory = "VmRSS:\t   1200 kB\n"
+    for pid, name in enumerate(("PPid:\t7", "a) b (", "", "\x1b[31mred", "\udcff"), 10):
+        folder = fixture(tmp_path, pid, {}) / str(pid)
+        (folder / "status").write_bytes(os.fsencode(STATUS.format(name=name, memory=memory)))
+        found = process.identity(pid, tmp_path)
+        assert found is not None
+        assert (found.parent, found.uid) == (42, 0)
+
+
 def test_linux_4_18_has_neither_ksm_stat_nor_pss_anon(tmp_path: Path) -> None:
     files = {"smaps_rollup": ROLLUP.format(anon=""), "smaps": MAPS.format(flags="")}
     memory = process.memory(5, fixture(tmp_path, 5, files))
@@ -84,12 +144,12 @@ def test_a_rollup_that_leaves_a_mapping_out_is_read_again(
         "statm": f"9999 {9000 * 1024 // PAGE_SIZE} 0\n",
     }
     fixture(tmp_path, 5, files)
-    read, said = Path.read_text, [partly, partly]
+    read, said = process._content, [partly, partly]
 
-    def read_text(path: Path, *arguments: object, **options: object) -> str:
-        return said.pop() if path.name == "smaps_rollup" and said else read(path)
+    def content(path: str) -> bytes:
+        return said.pop().encode() if path.endswith("smaps_rollup") and said else read(path)
 
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(process, "_content", content)
     memory = process.memory(5, tmp_path)
     assert memory is not None
     assert (memory.pss_anon, said) == (6528 * 1024, [])

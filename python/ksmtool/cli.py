@@ -208,6 +208,168 @@ def try_(
         plotting.save(result, Path(plot))
 
 
+_BY = ["process", "app", "unit", "container", "user"]
+_SORTS = ["saved", "profit", "merged", "anonymous", "rss", "processes", "name"]
+
+
+@cli.command()
+@click.option(
+    "--by",
+    type=click.Choice(_BY),
+    default="process",
+    show_default=True,
+    help="What to put together: an app is an executable, a unit is one of systemd.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(_SORTS),
+    default="saved",
+    show_default=True,
+    help="Numbers from the largest, names from A.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="At most N rows, the last of which stands for all others; 20, with --json all.",
+    metavar="N",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of text.")
+def status(by: str, sort: str, limit: int | None, as_json: bool) -> None:
+    """Say whether KSM is on, what it saves and costs, and who saves how much.
+
+    Saved is memory that is not used because of merging, shared out among those that have it in
+    common; merged counts each page in each process. Profit is saved less the kernel's records.
+    ksmd's CPU time is watched for a second. Root sees every process, others their own.
+    """
+    import time  # noqa: PLC0415
+
+    from ksmtool import facts, overview, usage  # noqa: PLC0415
+    from ksmtool.kernel import Ksm  # noqa: PLC0415
+
+    ksm = Ksm()
+    before = facts.sample(ksm)
+    machine = facts.gather()
+    if machine.available:
+        time.sleep(max(0.0, before.at + _WATCHED_SECONDS - time.monotonic()))
+    pace = facts.pace(before, facts.sample(ksm), machine)
+    if as_json:
+        rows = usage.rows(machine.processes, by, sort, limit)
+        click.echo(overview.as_json(machine, pace, rows, by))
+        return
+    from rich.console import Console  # noqa: PLC0415
+
+    rows = usage.rows(machine.processes, by, sort, limit or 20)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # for a pipe, nothing is cut off
+    for label, text in overview.lines(machine, pace):
+        click.echo(f"{label + ':':12}{text}")
+    if machine.available:
+        console.print(overview.table(rows, by, console.width))
+        for note in overview.notes(machine, usage.total(rows)):
+            click.echo(note)
+
+
+_WATCHED_SECONDS = 1.0
+
+
+@cli.command()
+@click.option("--by", type=click.Choice(_BY), default="process", show_default=True)
+@click.option("--sort", type=click.Choice(_SORTS), default="saved", show_default=True)
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often to look.",
+)
+def top(by: str, sort: str, interval: float) -> None:
+    """Show what status says, live, and what was saved and what ksmd took all the while.
+
+    Keys: s sorts by another column, g puts together by something else, / filters by a part of the
+    name (Enter keeps the filter, Escape drops it), q ends.
+    """
+    from ksmtool import top as live  # noqa: PLC0415
+
+    if not math.isfinite(interval):
+        raise click.BadParameter(f"{interval} is no time", param_hint="--interval")
+    live.run(interval, live.View(by, sort))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of text.")
+@click.argument("subject", nargs=-1, type=click.UNPROCESSED, metavar="[PID | -- CMD [ARG]...]")
+def doctor(as_json: bool, subject: tuple[str, ...]) -> None:
+    """Say what keeps KSM from saving memory here, and the commands that change it.
+
+    Alone it looks at the machine; with PID also at that process, with CMD at a program that is yet
+    to be started, and that is not run. Nothing is changed. The exit status is 1 if something is a
+    problem, 0 if there are notes at most.
+    """
+    from ksmtool import doctor as doctors  # noqa: PLC0415
+    from ksmtool import doctor_report as report  # noqa: PLC0415
+    from ksmtool import examine  # noqa: PLC0415
+
+    # A program that is called like a number has a path.
+    pid = int(subject[0]) if len(subject) == 1 and _is_pid(subject[0]) else None
+    found = examine.examine(pid, () if pid is not None else subject)
+    findings = doctors.diagnose(found)
+    if as_json:
+        click.echo(report.as_json(found, findings))
+    else:
+        for line in report.lines(found, findings):
+            click.echo(line)
+    if not doctors.healthy(findings):
+        raise SystemExit(ExitStatus.FAILED)
+
+
+def _is_pid(word: str) -> bool:
+    return word.isascii() and word.isdigit() and int(word) > 0
+
+
+@cli.command()
+@click.option(
+    "--textfile",
+    metavar="FILE",
+    help="Write FILE for node_exporter's textfile collector, in one go, instead of stdout. It "
+    "has to end in .prom.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(_BY[1:]),
+    multiple=True,
+    default=["app"],
+    show_default=True,
+    help="What there are series for; may be given several times.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="At most N series of each metric, the last of which stands for all others.",
+)
+def export(textfile: str | None, by: tuple[str, ...], limit: int) -> None:
+    """Print metrics for Prometheus: what KSM saves and costs, and who saves how much.
+
+    OpenMetrics to stdout; to a file the older text format, which is what node_exporter reads there.
+    Root sees every process, others their own, and how many they do not see.
+    """
+    from pathlib import Path  # noqa: PLC0415
+
+    from ksmtool import export as exporting  # noqa: PLC0415
+    from ksmtool import facts  # noqa: PLC0415
+
+    machine = facts.gather()
+    if textfile is None:
+        # Bytes: OpenMetrics is UTF-8 whatever the locale.
+        click.echo(exporting.openmetrics(machine, by, limit), nl=False)
+    else:
+        exporting.write(Path(textfile), exporting.classic(machine, by, limit))
+
+
 def _share(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float:
     """Return `10` and `10%` as a part of 1."""
     if text is None:

@@ -20,10 +20,9 @@ from pathlib import Path
 from ksmtool import pages, policy
 from ksmtool.compare import Comparison, compare
 from ksmtool.errors import ExitStatus, KsmtoolError
-from ksmtool.kernel import PAGE_SIZE, Ksm
+from ksmtool.kernel import PAGE_SIZE, RECORD_BYTES, Ksm
 from ksmtool.pages import ENDED, Digest, Reader
 from ksmtool.process import PROC
-from ksmtool.trial import RMAP_ITEM_BYTES
 
 __all__ = ["Comparison", "Estimate", "Pair", "Program", "Tally", "compare", "measure"]
 
@@ -410,7 +409,7 @@ class _Look:
             frames=sum(program.frames for program in programs),
             saved=_bytes(spared(counts.values(), sum(tally.frames.values()), share) + zeros),
             zeros=zeros * PAGE_SIZE,
-            metadata=anonymous // PAGE_SIZE * RMAP_ITEM_BYTES,
+            metadata=anonymous // PAGE_SIZE * RECORD_BYTES,
             swapped=self.swapped,
             changing=sum(self.changing.values()) * PAGE_SIZE,
             again=again,

@@ -22,6 +22,8 @@ from typing import Any
 from ksmtool.errors import ExitStatus, KsmtoolError
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+RECORD_BYTES = 64
+"""Of each page that ksmd looks at: sizeof(struct ksm_rmap_item) on 64-bit machines, mm/ksm.c."""
 
 # The order in which the kernel accepts them: pages_to_scan is EINVAL while the advisor runs and is
 # reset by a change of advisor_mode; run comes last: ksmd never works with half of the settings.
@@ -169,10 +171,10 @@ class Ksm:
         shared, sharing, unshared, volatile = (
             self.number(f"pages_{kind}") for kind in ("shared", "sharing", "unshared", "volatile")
         )
-        zero = self.number("ksm_zero_pages")
-        # Before 6.4 the kernel did not say; 64 is sizeof(struct ksm_rmap_item) on 64-bit machines.
+        zero = max(0, self.number("ksm_zero_pages"))  # Linux 6.18 can count to -1
+        # Before 6.4 the kernel did not say.
         seen = shared + sharing + unshared + volatile
-        computed = (sharing + zero) * PAGE_SIZE - seen * 64
+        computed = (sharing + zero) * PAGE_SIZE - seen * RECORD_BYTES
         scanned = self.number("pages_scanned", -1)
         return Counters(
             full_scans=self.number("full_scans"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksmtool import boot, families
+from ksmtool import boot, families, process
 from ksmtool.families import Manager
 
 _WANTS = (
@@ -79,20 +79,18 @@ def _command(way: str, services: tuple[str, ...], init: str) -> str:
 def _running(root: Path) -> set[str]:
     """Return the names of root's programs, and of the scripts that its interpreters run."""
     names: set[str] = set()
+    proc = root / "proc"
     try:
-        entries = list((root / "proc").iterdir())
-        owner = (root / "proc").stat().st_uid
+        pids, owner = process.pids(proc), proc.stat().st_uid
     except OSError:
         return names
-    for entry in entries:
-        if not entry.name.isdigit():
-            continue
+    for pid in pids:
         try:
-            if entry.stat().st_uid != owner:
+            if (proc / str(pid)).stat().st_uid != owner:
                 continue  # a user's process can be called anything
-            words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
+        words = process.command_line(pid, proc)
         program, *rest = (os.path.basename(os.fsdecode(word)) for word in words)
         names.add(program)
         if _INTERPRETER.fullmatch(program):

@@ -22,7 +22,7 @@ from typing import IO
 
 from ksmtool import group, install, process, program
 from ksmtool.errors import ExitStatus, KsmtoolError
-from ksmtool.kernel import PAGE_SIZE, Ksm, ended_as_interrupted, undisturbed
+from ksmtool.kernel import PAGE_SIZE, RECORD_BYTES, Ksm, ended_as_interrupted, undisturbed
 from ksmtool.process import Memory
 from ksmtool.wrap import plan_for, show
 
@@ -30,7 +30,6 @@ POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
 DAEMON_SECONDS = 0.5
 SWEEP_SECONDS = 10.0
-RMAP_ITEM_BYTES = 64  # sizeof(struct ksm_rmap_item) on 64-bit machines, mm/ksm.c
 
 # A page merges only after two passes with an equal checksum, and with smart_scan (Linux 6.7) one
 # that did not merge is passed over for a while: so whole passes are counted, and three compared.
@@ -177,7 +176,7 @@ class ArmResult:
     @property
     def metadata(self) -> int:
         """Kernel memory for ksmd's records of these processes: not part of any process's Pss."""
-        return self.memory.rmap_items * RMAP_ITEM_BYTES
+        return self.memory.rmap_items * RECORD_BYTES
 
 
 @dataclass(frozen=True)
