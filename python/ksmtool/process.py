@@ -316,7 +316,9 @@ def _ksm_stat(folder: str) -> dict[str, str]:
     found = {name.rstrip(":"): value for name, value in (line.split(maxsplit=1) for line in lines)}
     if "ksm_merging_pages" not in found:
         with contextlib.suppress(FileNotFoundError):
-            found["ksm_merging_pages"] = _content(f"{folder}/ksm_merging_pages").decode().strip()
+            # "" once it has given up its memory, as ksm_stat is then.
+            pages = _content(f"{folder}/ksm_merging_pages").decode().strip()
+            found["ksm_merging_pages"] = pages or "0"
     return found
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -44,6 +45,7 @@ from test_shim import (  # noqa: F401
 METHOD = os.environ["KSM_TEST_METHOD"]
 """How this kernel opts in by itself: told, not asked, since the asking is tested too."""
 HAS_PRCTL = METHOD == "prctl"
+KERNEL = tuple(int(part) for part in os.environ["KSM_TEST_KERNEL"].split("."))
 
 UNSUPPORTED = 4
 
@@ -367,6 +369,51 @@ def test_equal_pages_merge_and_pss_falls(
     assert expected <= saved < expected + copies * unique / 2
     # What is equal in the others but not opted in stays.
     assert after[1].pss_anon >= before[1].pss_anon >= copies * (equal + unique) * PAGE_SIZE
+
+
+def test_status_estimate_and_doctor_of_this_kernel(
+    tree: Tree, victims: Victims, ksm: Ksm, measured: Callable[[str], None]
+) -> None:
+    """What each tells of its processes: nothing (5.10), mappings and records (6.1), all (6.4)."""
+    copies, equal, unique = 4, 5000, 250
+    command = [victims("pages"), secrets.randbits(62), equal, unique]
+    started: list[tuple[Way, Sequence[object]]] = [(Way((tree.wrapper,)), command)] * copies
+    with holding([*started, (PLAIN, ["sh", "-c", "echo ready; cat"])]) as (*ours, plain):
+        before = process.total(ours)
+        guessed = run([tree.ksmtool, "estimate", "--json", *ours])
+        ksm.apply({"pages_to_scan": "10000", "run": "1"})
+        wait_until(
+            lambda: ksm.counters().pages_sharing >= (copies - 1) * equal, 60, "all is merged"
+        )
+        scans = ksm.counters().full_scans
+        wait_until(lambda: ksm.counters().full_scans >= scans + 3, 60, "three whole scans")
+        done = run([tree.ksmtool, "status", "--json", "--by", "process"])
+        fall = before.pss_anon - process.total(ours).pss_anon
+        table = run([tree.ksmtool, "status", "--limit", "5"])
+        opted = run([tree.ksmtool, "doctor", "--json", ours[0]])
+        left = run([tree.ksmtool, "doctor", "--json", plain])
+    assert (done.returncode, done.stderr, guessed.stderr) == (0, "", "")
+    status = json.loads(done.stdout)
+    rows = {row["pid"]: row for row in status["rows"]}
+    assert [rows[pid]["opted_in"] for pid in (*ours, plain)] == [1] * copies + [0]
+    assert status["ksm"]["saved"] == pytest.approx(fall, rel=0.03)
+    assert 0 < status["ksm"]["profit"] < status["ksm"]["saved"]
+    assert json.loads(guessed.stdout)["saved"] == pytest.approx(fall, rel=0.1)
+    counted = KERNEL >= (5, 19)
+    assert all((row["saved"] is not None) == counted for row in rows.values())
+    assert all((row["profit"] is not None) == (KERNEL >= (6, 1)) for row in rows.values())
+    if counted:
+        saved = sum(rows[pid]["saved"] for pid in ours)
+        measured(f"status: {saved / 1e6:.2f} MB saved, Pss_Anon {fall / 1e6:.2f} MB lower")
+        assert saved == pytest.approx(fall, rel=0.03)
+        assert rows[plain]["saved"] == 0
+    assert (table.returncode, table.stderr) == (0, "")
+    assert ("does not count merged pages per process" in table.stdout) == (not counted)
+
+    found = [{one["id"] for one in json.loads(said.stdout)["findings"]} for said in (opted, left)]
+    assert "not-opted-in" not in found[0]
+    assert "not-opted-in" in found[1]
+    assert left.returncode == 1
 
 
 # --- few mappings left ---

@@ -28,7 +28,17 @@ from conftest import need, need_command
 CACHE = Path(__file__).parents[2] / ".cache" / "vm"
 
 # What the tests run in there. The rest of the root is Debian's essential packages.
-PACKAGES = ("mount", "perl", "php-cli", "python3-click", "python3-pytest", "redis-server")
+PACKAGES = (
+    "mount",
+    "perl",
+    "php-cli",
+    "python3-click",
+    "python3-distro",
+    "python3-pytest",
+    "python3-rich",
+    "python3-xxhash",
+    "redis-server",
+)
 LEFT_OUT = ("doc", "i18n", "info", "locale", "man")
 
 # The same where no package can be configured, since nothing of that architecture runs here.
