@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from ksmtool import pages, policy
+from ksmtool import pages, policy, process
 from ksmtool.compare import Comparison, compare
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import PAGE_SIZE, RECORD_BYTES, Ksm
@@ -167,12 +167,12 @@ def named(pids: Iterable[int], proc: Path = PROC) -> list[int]:
     found: dict[int, None] = {}
     for pid in pids:
         try:
-            lines = (proc / str(pid) / "status").read_text().splitlines()
+            status = (proc / str(pid) / "status").read_text(errors="replace").splitlines()
         except ENDED:
-            lines = []
-        if not lines or not has_memory(pid, proc):
+            status = []
+        if not status or not has_memory(pid, proc):
             raise KsmtoolError(f"There is no process {pid} that has memory of its own.")
-        found[next(int(line.split()[1]) for line in lines if line.startswith("Tgid:"))] = None
+        found[next(int(line.split()[1]) for line in status if line.startswith("Tgid:"))] = None
     return list(found)
 
 
@@ -184,7 +184,7 @@ def of_program(name: str, proc: Path = PROC) -> list[int]:
     found = []
     for pid in everything(proc):
         try:
-            names = {(proc / str(pid) / "comm").read_text().rstrip("\n")}
+            names = {os.fsdecode((proc / str(pid) / "comm").read_bytes()).rstrip("\n")}
             path = executable(pid, proc)
         except PermissionError:
             path = ""  # it counts as unreadable if it has the name by its own account
@@ -211,7 +211,7 @@ _PF_KTHREAD = 0x00200000
 def has_memory(pid: int, proc: Path = PROC) -> bool:
     """Whether it is a process that runs, no thread of the kernel and no zombie."""
     try:
-        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        fields = process.stat(pid, proc)
     except ENDED:
         return False
     return fields[0] not in "ZX" and not int(fields[6]) & _PF_KTHREAD
@@ -424,7 +424,7 @@ class _Look:
 def _resident(pid: int, proc: Path) -> int:
     """Return the anonymous memory of a process as everybody may know it; 0 if it has ended."""
     try:
-        text = (proc / str(pid) / "status").read_text()
+        text = (proc / str(pid) / "status").read_text(errors="replace")
     except OSError:
         return 0
     for line in text.splitlines():

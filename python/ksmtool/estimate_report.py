@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ksmtool.estimate import Estimate, Pair, Program
+from ksmtool.overview import printable
 
 SCHEMA = 1
 MB = 1e6
@@ -99,7 +100,7 @@ def _programs(programs: Sequence[Program], names: dict[str, str]) -> Table:
     for program in programs[:MOST_ROWS]:
         percent = 100 * program.saved / program.frames if program.frames else 0.0
         table.add_row(
-            Text(names[program.name]),
+            Text(printable(names[program.name])),
             str(program.processes),
             _mb(program.frames),
             _mb(program.saved),
@@ -128,7 +129,8 @@ def _programs(programs: Sequence[Program], names: dict[str, str]) -> Table:
 def _pairs(pairs: Sequence[Pair], names: dict[str, str]) -> Table:
     table = _table("program", "shares with", "saved\nMB", words=2)
     for pair in pairs[:MOST_ROWS]:
-        table.add_row(Text(names[pair.one]), Text(names[pair.other]), _mb(pair.saved))
+        one, other = (Text(printable(names[path])) for path in (pair.one, pair.other))
+        table.add_row(one, other, _mb(pair.saved))
     more = len(pairs) - MOST_ROWS
     table.caption = "saved: beyond what each alone saves" + (f"; {more} more pairs" * (more > 0))
     return table

@@ -319,7 +319,7 @@ def _before(pid: int, methods: Sequence[str], root: Path) -> str:
 def _started(pid: int, proc: Path) -> float | None:
     """Return when a process started, in seconds since 1970; None if that cannot be known."""
     try:
-        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        fields = process.stat(pid, proc)
         lines = (proc / "stat").read_text().splitlines()
         boot_time = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
     except (OSError, StopIteration):
@@ -331,7 +331,7 @@ def _confinement(one: ProcessFacts, proc: Path) -> str:
     folder = proc / str(one.pid)
     profile = ""
     with contextlib.suppress(OSError):  # EINVAL without an LSM
-        profile = (folder / "attr/current").read_text().rstrip("\0\n")
+        profile = (folder / "attr/current").read_text(errors="replace").rstrip("\0\n")
     if one.unit.startswith("snap.") or profile.startswith("snap."):
         return "a snap"
     if one.unit.startswith("app-flatpak-") or (folder / "root/.flatpak-info").exists():

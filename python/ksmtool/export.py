@@ -280,16 +280,19 @@ def _labelled(one: ProcessFacts) -> ProcessFacts:
     """
     return replace(
         one,
-        name=_utf8(one.name),
-        executable=_utf8(one.executable),
-        unit=_utf8(one.unit),
-        container=_utf8(one.container),
-        user=_utf8(one.user),
+        name=_escaped(one.name),
+        executable=_escaped(one.executable),
+        unit=_escaped(one.unit),
+        container=_escaped(one.container),
+        user=_escaped(one.user),
     )
 
 
-def _utf8(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+def _escaped(text: str) -> str:
+    """Return it with what is no character to be shown as \\x1b, \\udcff and so on."""
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
 
 
 @dataclass(frozen=True, eq=False)  # the library keeps it in a dictionary

@@ -231,6 +231,15 @@ def any_has(name: str, pids: Iterable[int], proc: Path = PROC) -> bool:
     return any(os.path.exists(f"{proc}/{pid}/{name}") for pid in pids)
 
 
+def stat(pid: int, proc: Path = PROC) -> list[str]:
+    """Return the fields of its stat from the state on, which is proc(5)'s number 3.
+
+    The name before it may hold any byte. Raises FileNotFoundError or ProcessLookupError once it has
+    ended.
+    """
+    return _content(f"{proc}/{pid}/stat").rpartition(b")")[2].decode().split()
+
+
 def descendants(pid: int, proc: Path = PROC, without: Iterable[int] = ()) -> list[int]:
     """Return the PIDs of all descendants of `pid`, parents before children.
 
@@ -252,19 +261,17 @@ def descendants(pid: int, proc: Path = PROC, without: Iterable[int] = ()) -> lis
 def parent_of(pid: int, proc: Path = PROC) -> int | None:
     """Return the parent's PID, None if `pid` has ended."""
     try:
-        text = (proc / str(pid) / "stat").read_text()
+        return int(stat(pid, proc)[1])
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return int(text.rpartition(")")[2].split()[1])
 
 
 def session_of(pid: int, proc: Path = PROC) -> int | None:
     """Return the session's ID, None if `pid` has ended."""
     try:
-        text = (proc / str(pid) / "stat").read_text()
+        return int(stat(pid, proc)[3])
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return int(text.rpartition(")")[2].split()[3])
 
 
 def opted_in_elsewhere(ours: Iterable[int], proc: Path = PROC) -> int:
