@@ -136,7 +136,7 @@ def examine(
         unlooked.append("What this kernel can was not tried: it is not the one that runs.")
     if found.unreadable:
         some = "1 process" if found.unreadable == 1 else f"{found.unreadable} processes"
-        unlooked.append(f"{some} may not be looked at; root may.")
+        unlooked.append(f"{some} may not be looked at; root may look at nearly all.")
     subject = None
     if pid is not None:
         subject = _process(pid, found, rules, methods, root, unlooked)

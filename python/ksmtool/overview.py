@@ -102,7 +102,7 @@ def opted_in(machine: MachineFacts) -> str:
 
 def _unreadable(machine: MachineFacts) -> str:
     some = "1 more process" if machine.unreadable == 1 else f"{machine.unreadable} more processes"
-    return f"{some} may not be looked at; root may"
+    return f"{some} may not be looked at; root may look at nearly all"
 
 
 def notes(machine: MachineFacts, shown: Row) -> list[str]:
