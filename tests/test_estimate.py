@@ -216,6 +216,27 @@ def private_dirty(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
+def test_what_is_shared_by_fork_stays_shared() -> None:
+    """By process_vm_readv each process would get a copy of its own of all 1000."""
+    with kept_running(python(FORKED)) as (pid,):
+        pids = family(pid)
+        settle_copies(pids)
+        before = [private_dirty(one) for one in pids]
+        assert estimate.measure(pids).processes == 4
+        assert [private_dirty(one) for one in pids] == before
+
+
+@pytest.mark.ksm
+def test_what_is_merged_stays_merged(tree: Tree, victims: Victims, ksm: Ksm) -> None:
+    with kept_running(*[(tree.wrapper, victims("pages"), 7, 1000, 10)] * 2) as pids:
+        ksm.apply({"run": "1"})
+        wait_until(lambda: process.total(pids).merging_pages >= 2000, 60, "all is merged")
+        ksm.apply({"run": "0"})
+        before = process.total(pids).merging_pages
+        assert estimate.measure(pids).processes == 2
+        assert process.total(pids).merging_pages == before
+
+
 @pytest.mark.root
 def test_without_frames_what_fork_shares_is_taken_for_one() -> None:
     """As a user without root: the same within what equal shared pages can hide."""
