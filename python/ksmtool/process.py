@@ -172,7 +172,8 @@ class Identity:
 def identity(pid: int, proc: Path = PROC) -> Identity | None:
     """Return who `pid` is, None if it has ended, is a zombie, or a thread of the kernel.
 
-    The last two have no memory of their own, so their status has no VmRSS.
+    The last two have no memory of their own, so their status has no VmRSS. Nor has a process of
+    which the first thread has ended and others run: PermissionError, for there is no way to it.
     """
     try:
         status = _content(f"{proc}/{pid}/status")
@@ -181,6 +182,8 @@ def identity(pid: int, proc: Path = PROC) -> Identity | None:
     # Line by line, not by a pattern for the whole: that takes 60 us, more than the reading.
     resident = _field(status, b"\nVmRSS:")
     if not resident:
+        if _field(status, b"\nState:").split()[0] == b"Z" and _field(status, b"\nThreads:") > b"\t1":
+            raise PermissionError(f"the first thread of process {pid} has ended")
         return None
     return Identity(
         pid=pid,
