@@ -383,6 +383,8 @@ def test_a_thread_stands_for_its_process() -> None:
         threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
         assert len(threads) == 2
         assert estimate.named(threads) == [pid]
+        found = estimate.measure(estimate.named([*threads, 4_194_305]))
+    assert (found.processes, found.ended) == (1, 1)
 
 
 # The command.
@@ -440,6 +442,8 @@ def test_all(tree: Tree, victims: Victims) -> None:
         (["999999999"], 1, "There is no process 999999999 that has memory of its own."),
         (["--again", "-1", "1"], 2, "-1"),
         (["--again", "nan", "1"], 2, "nan is no time"),
+        (["4194305", "4194306"], 1, "There is no process 4194305, 4194306 that has memory"),
+        (["1" * 300], 1, "There is no process 1"),
         (["--app", "no-such-app"], 1, "No process of no-such-app runs."),
     ],
 )
@@ -450,7 +454,9 @@ def test_bad_input(tree: Tree, arguments: list[str], status: int, words: str) ->
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("text", "share"), [("10%", 0.1), ("10", 0.1), ("0.5", 0.005)])
+@pytest.mark.parametrize(
+    ("text", "share"), [("10%", 0.1), ("10", 0.1), ("0.5", 0.005), ("1e-30", 0.0)]
+)
 def test_parts_of_a_whole(tree: Tree, victims: Victims, text: str, share: float) -> None:
     with kept_running((victims("pages"), 7, 50, 50)) as pids:
         done = run([tree.ksmtool, "estimate", "--json", "--sample", text, *pids])

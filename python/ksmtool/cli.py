@@ -325,7 +325,8 @@ def doctor(as_json: bool, subject: tuple[str, ...]) -> None:
 
 
 def _is_pid(word: str) -> bool:
-    return word.isascii() and word.isdigit() and int(word) > 0
+    # int() takes no thousands of digits.
+    return word.isascii() and word.isdigit() and len(word) < 20 and int(word) > 0
 
 
 @cli.command()
