@@ -789,7 +789,7 @@ def test_a_service_is_started_by_systemd(root: Path) -> None:
     facts = checkup.subject.facts
 
     def fixes(unit: str, **more: object) -> tuple[str, ...]:
-        subject = replace(checkup.subject, facts=replace(facts, unit=unit), **more)  # type: ignore
+        subject = replace(checkup.subject, facts=replace(facts, unit=unit), **more)  # type: ignore[type-var]
         (one,) = doctor.diagnose(replace(checkup, subject=subject))
         return one.fixes
 
@@ -1073,7 +1073,7 @@ def test_exit_statuses(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_asked(tree: Tree, arguments: list[str], status: int) -> None:
     done = run([tree.ksmtool, "doctor", *arguments])
     assert (done.returncode, done.stdout) == (status, "")
-    assert done.stderr
+    assert done.stderr.startswith(("ksmtool: ", "Usage: "))
 
 
 def test_the_command(tree: Tree) -> None:

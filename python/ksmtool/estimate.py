@@ -181,7 +181,7 @@ def leader(pid: int, proc: Path = PROC) -> int | None:
         status = (proc / str(pid) / "status").read_text(errors="replace").splitlines()
     except PermissionError:
         return pid
-    except OSError:  # such as a number longer than any name
+    except ENDED:
         return None
     found = next((int(line.split()[1]) for line in status if line.startswith("Tgid:")), pid)
     return found if has_memory(found, proc) else None
