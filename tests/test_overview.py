@@ -163,7 +163,7 @@ def test_a_kernel_that_does_not_tell(tmp_path: Path) -> None:
 def test_what_others_save_is_said(machine: MachineFacts) -> None:
     some = replace(machine, processes=machine.processes[:15], unreadable=7)
     (note,) = overview.notes(some, usage.total(usage.rows(some.processes)))
-    assert note == "Note: 13.3 MB are saved in processes that may not be looked at."
+    assert note == "Note: 13.3 MB are of processes that may not be looked at."
     assert overview.notes(machine, usage.total(usage.rows(machine.processes))) == []
 
 
