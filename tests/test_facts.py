@@ -245,6 +245,13 @@ def test_those_that_may_not_be_looked_at_keep_their_part() -> None:
     assert [each.saved for each in found] == [900 * PAGE_SIZE] * 2
 
 
+def test_the_parts_are_no_more_than_the_whole() -> None:
+    """What forked, or merged, since the counters were read has more mappings than these say."""
+    seen = [process_facts(1000, 10000, 100, pid) for pid in range(4)]
+    found = facts.apportioned(seen, counters(1000, 1000))
+    assert sum(each.saved or 0 for each in found) == 1000 * PAGE_SIZE
+
+
 def test_looking_for_nothing_is_a_loss() -> None:
     (found,) = facts.apportioned([process_facts(0, 1000, 1000)], counters(0, 0))
     assert (found.saved, found.profit) == (0, -64000)

@@ -178,6 +178,15 @@ def test_a_pool_that_forked_has_a_note(machine: MachineFacts) -> None:
     pool = replace(machine, processes=(first, *forked))
     (note,) = overview.notes(pool, usage.total(usage.rows(pool.processes)))
     assert note.startswith(f"Note: {len(rest)} processes are forked from one that is merged, too:")
+    started = [replace(one, executable="/other") for one in forked]
+    pool = replace(machine, processes=(first, *started))
+    assert overview.notes(pool, usage.total(usage.rows(pool.processes))) == []
+
+
+def test_next_to_nothing_is_no_loss(machine: MachineFacts) -> None:
+    idle = replace(machine, counters=replace(machine.counters, general_profit_bytes=-64))
+    assert said(idle)["saved"].startswith("0.0 MB (0.0 % of RAM)")
+    assert overview.mb(-49_000) == "0.0"
 
 
 def test_hidden_processes_are_told(machine: MachineFacts) -> None:

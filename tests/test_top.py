@@ -279,9 +279,9 @@ def test_it_follows_the_size(tmux: Tmux, tree: Tree) -> None:
 
 def test_a_terminal_of_few_characters(tmux: Tmux, tree: Tree) -> None:
     """What is cut off ends in a character that it does not have."""
+    tmux("resize-window", "-x", "60", "-y", "30")
     tmux.command("export PYTHONIOENCODING=latin-1")
     start(tmux, tree, "0.5")
-    tmux("resize-window", "-x", "40", "-y", "30")
     wait_until(lambda: "?" in tmux.screen(), 10, "a line is cut off")
     tmux.type("q")
     assert_clean(tmux)

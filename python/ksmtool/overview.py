@@ -32,13 +32,15 @@ def lines(machine: MachineFacts, pace: Pace) -> list[Line]:
         said = "not in this kernel (CONFIG_KSM), or /sys is not mounted: nothing is merged"
         return [Line("KSM", said)]
     counters = machine.counters
-    share = f" ({100 * machine.profit / machine.memory_total:.1f} % of RAM)"
+    share = ""
+    if machine.memory_total:
+        share = f" ({_short(100 * machine.profit / machine.memory_total)} % of RAM)"
     return [
         Line("KSM", _state(machine)),
         *([Line("problem", machine.setup.problem)] if machine.setup.problem else []),
         Line(
             "saved",
-            f"{mb(machine.profit)} MB{share if machine.memory_total else ''}: {mb(machine.saved)} "
+            f"{mb(machine.profit)} MB{share}: {mb(machine.saved)} "
             f"MB of pages, less {mb(machine.saved - machine.profit)} MB for ksmd's records",
         ),
         Line("zero pages", _zero_pages(machine)),
@@ -193,7 +195,11 @@ def printable(text: str) -> str:
 
 def mb(size: float) -> str:
     """Return bytes as MB of 10^6 bytes."""
-    return f"{round(size / MB, 1) + 0.0:.1f}"  # no -0.0
+    return _short(size / MB)
+
+
+def _short(number: float) -> str:
+    return f"{round(number, 1) + 0.0:.1f}"  # never -0.0
 
 
 def duration(seconds: float) -> str:
