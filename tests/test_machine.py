@@ -426,7 +426,7 @@ def test_killed_at_any_moment_no_service_is_on_that_should_not_be(
 
 
 def test_what_a_killed_run_left_is_swept(units: Path) -> None:
-    stale = units / f"etc/systemd/system/service.d/.{systemd.NAME}.new"
+    stale = units / f"etc/systemd/system/service.d/.{systemd.NAME}.4711.new"
     stale.parent.mkdir()
     stale.touch()
     systemd.write([], units)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -261,7 +262,7 @@ def status(by: str, sort: str, limit: int | None, as_json: bool) -> None:
     rows = usage.rows(machine.processes, by, sort, limit or 20)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # for a pipe, nothing is cut off
+        console = Console(width=10_000)  # for a pipe, nothing is cut off
     for label, text in overview.lines(machine, pace):
         click.echo(f"{label + ':':12}{text}")
     if machine.available:
@@ -278,7 +279,7 @@ _WATCHED_SECONDS = 1.0
 @click.option("--sort", type=click.Choice(_SORTS), default="saved", show_default=True)
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(min=0.1, max=86_400),
     default=2.0,
     show_default=True,
     metavar="SECONDS",
@@ -862,6 +863,8 @@ def main() -> None:
     """Run the command line and exit; the one place where errors become words and a status."""
     if sys.stdout is None:  # closed by whoever started us; click would fail at its first word
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name is whatever bytes somebody likes
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = cli.main(standalone_mode=False)
     except KsmtoolError as error:

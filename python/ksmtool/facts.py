@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from ksmtool import cgroup, ksmd, owners, process
@@ -114,6 +115,8 @@ class MachineFacts:
     """Those that we may look at, kernel threads and zombies left out."""
     unreadable: int
     """How many more there are that we may not look at."""
+    hidden: bool
+    """Whether /proc hides the processes of others, which are in no number then: hidepid=2."""
     copied: Mapping[str, int]
     """What /proc/vmstat counts of COPIES since boot, as far as this kernel does."""
 
@@ -126,8 +129,8 @@ class MachineFacts:
     def saved(self) -> int:
         """Bytes of page frames that are not needed, the kernel's records not taken off.
 
-        Processes that have ended stay in the kernel's count until ksmd comes by. While it is off, it
-        never does, so what the processes have counts then, if all of them can be looked at.
+        Processes that have ended stay in the kernel's count until ksmd comes by. While it is off,
+        it never does: what the processes have counts then, if all of them can be looked at.
         """
         return self._counted - self._ended
 
@@ -135,6 +138,11 @@ class MachineFacts:
     def profit(self) -> int:
         """`saved` less the kernel's records, by its own account: general_profit."""
         return self.counters.general_profit_bytes - self._ended
+
+    @cached_property
+    def by_pid(self) -> Mapping[int, ProcessFacts]:
+        """Return the processes by PID."""
+        return {one.pid: one for one in self.processes}
 
     @property
     def _counted(self) -> int:
@@ -172,6 +180,7 @@ def gather(root: Path = _ROOT, setup: Setup | None = None) -> MachineFacts:
         setup=setup or look_at_setup(root),
         processes=tuple(found),
         unreadable=unreadable,
+        hidden=process.hides(proc),
         copied=_copied(root),
     )
 

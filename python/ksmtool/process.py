@@ -182,7 +182,8 @@ def identity(pid: int, proc: Path = PROC) -> Identity | None:
     # Line by line, not by a pattern for the whole: that takes 60 us, more than the reading.
     resident = _field(status, b"\nVmRSS:")
     if not resident:
-        if _field(status, b"\nState:").split()[0] == b"Z" and _field(status, b"\nThreads:") > b"\t1":
+        zombie = _field(status, b"\nState:").split()[:1] == [b"Z"]
+        if zombie and int(_field(status, b"\nThreads:") or 1) > 1:
             raise PermissionError(f"the first thread of process {pid} has ended")
         return None
     return Identity(
@@ -203,6 +204,18 @@ def _field(status: bytes, start: bytes) -> bytes:
 def pids(proc: Path = PROC) -> list[int]:
     """Return the PIDs of all that runs, threads of the kernel too."""
     return [int(name) for name in os.listdir(proc) if name.isdigit()]
+
+
+_HIDEPID = re.compile(rb" / /proc .*\bhidepid=(?:2|4|invisible|ptraceable)\b")
+
+
+def hides(proc: Path = PROC) -> bool:
+    """Whether `proc` is mounted so that users see no processes but their own; root sees all."""
+    try:
+        mounts = _content(f"{proc}/self/mountinfo")
+    except OSError:
+        return False
+    return os.geteuid() != 0 and _HIDEPID.search(mounts) is not None
 
 
 def executable(pid: int, proc: Path = PROC) -> str:
