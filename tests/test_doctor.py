@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import HERE, Tree, run
-from ksmtool import boot, cli, doctor, doctor_report, examine, kinds, policy, systemd
+from ksmtool import boot, cli, doctor, doctor_report, examine, kinds, policy, process, systemd
 from ksmtool.compare import Comparison
 from ksmtool.doctor import Finding
 from ksmtool.errors import KsmtoolError
@@ -525,6 +525,14 @@ def test_many_may_not_be_looked_at(root: Path) -> None:
     assert "nothing-opted-in" in ids(checkup)
     some = replace(checkup, machine=replace(checkup.machine, unreadable=3))
     assert "nothing-opted-in" not in ids(some)
+    hidden = replace(checkup, machine=replace(checkup.machine, hidden=True))
+    assert "nothing-opted-in" not in ids(hidden)
+
+
+def test_processes_that_are_hidden(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "hides", lambda _proc: True)
+    (said,) = look(root).unlooked
+    assert "/proc hides the processes of others" in said
 
 
 def test_a_comment_in_the_file(root: Path) -> None:

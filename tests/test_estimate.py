@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from conftest import AS_NOBODY, Tree, Victims, kept_running, need, need_command, run, wait_until
-from ksmtool import estimate, estimate_report, policy, process, trial
+from ksmtool import cli, estimate, estimate_report, policy, process, trial
 from ksmtool.errors import ExitStatus
 from ksmtool.estimate import Estimate, Pair, Program, Tally
 from ksmtool.kernel import PAGE_SIZE, Ksm
@@ -425,6 +426,15 @@ def test_all(tree: Tree, victims: Victims) -> None:
     assert done.returncode == 0, done.stderr
     names = [program["name"] for program in json.loads(done.stdout)["programs"]]
     assert str(victims("pages")) in names
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_processes_that_are_hidden(monkeypatch: pytest.MonkeyPatch, hidden: bool) -> None:
+    monkeypatch.setattr(process, "hides", lambda: hidden)
+    monkeypatch.setattr(estimate, "everything", lambda: [os.getpid()])
+    done = CliRunner().invoke(cli.cli, ["estimate", "--all", "--json"])
+    assert ("hides the processes of others" in done.stderr) is hidden
+    assert json.loads(done.stdout)["schema"] == 1
 
 
 @pytest.mark.parametrize(

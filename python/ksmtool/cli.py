@@ -422,6 +422,7 @@ def estimate(
     from ksmtool import estimate as estimates  # noqa: PLC0415
     from ksmtool import estimate_report as report  # noqa: PLC0415
     from ksmtool import policy as policies  # noqa: PLC0415
+    from ksmtool import process  # noqa: PLC0415
 
     if (app is not None) + every + bool(pids) != 1:
         raise click.UsageError("Either PIDs, or --app NAME, or --all.")
@@ -431,6 +432,8 @@ def estimate(
     if every:
         rules = replace(policies.load(), off=False)
         wanted = estimates.everything()
+        if process.hides():
+            click.echo("Warning: /proc hides the processes of others (hidepid).", err=True)
     else:
         wanted = estimates.named(pids) if app is None else estimates.of_program(app)
     with _progress() as say:

@@ -270,7 +270,7 @@ def _nothing_opted_in(checkup: Checkup) -> Iterator[Answer]:
     # Those that may not be looked at can be opted in, too; ksmd's records are of all.
     if machine.opted_in or machine.counters.records:
         return
-    if machine.unreadable and not machine.merging:
+    if (machine.unreadable or machine.hidden) and not machine.merging:
         return
     yield Answer(
         "No process is opted in, so there is nothing to merge.",

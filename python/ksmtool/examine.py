@@ -143,6 +143,8 @@ def examine(
     if found.unreadable:
         some = "1 process" if found.unreadable == 1 else f"{found.unreadable} processes"
         unlooked.append(f"{some} may not be looked at; root may look at nearly all.")
+    if found.hidden:
+        unlooked.append("/proc hides the processes of others (hidepid); root sees them.")
     subject = None
     if pid is not None:
         subject = _process(pid, found, rules, methods, root, unlooked)
