@@ -787,7 +787,7 @@ def test_a_command_line_that_can_be_typed(root: Path, words: bytes, wanted: str)
 
 
 EDIT = "sudo systemctl edit 'a@my\\x2db.service'   # [Service] "
-AGAIN = "ExecStart= and again, with ksm-wrapper before its command; then restart it"
+AGAIN = "ExecStart= alone, then ExecStart=ksm-wrapper and its command; then restart it"
 
 
 def test_a_service_is_started_by_systemd(root: Path) -> None:
@@ -839,7 +839,7 @@ def test_another_reason_counts_more_than_age(root: Path) -> None:
     ("path", "words"),
     [
         ("/usr/bin", "is a folder"),
-        ("/dev/null", "is no file"),
+        ("/dev/null", "is no regular file"),
         ("{tmp}/text", "is not executable"),
         ("{tmp}/script", "/no/such is missing"),
         ("{tmp}/env", "what the first line of"),

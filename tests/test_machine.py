@@ -89,7 +89,7 @@ def root_with(folder: Path, text: bytes, mode: int = 0o644) -> Path:
             b"/usr/$LIB/libksm_preload_prctl.so\n", 0o644, ["_prctl.so is missing"], id="gone"
         ),
         pytest.param(b"/usr/lib/empty.so\n", 0o644, ["is no library"], id="empty-library"),
-        pytest.param(b"/usr/lib/folder.so\n", 0o644, ["is not to be read"], id="a-folder"),
+        pytest.param(b"/usr/lib/folder.so\n", 0o644, ["is no library"], id="a-folder"),
         pytest.param(b"/usr/lib/narrow.so\n", 0o644, ["another word size"], id="wrong-class"),
         pytest.param(b"/x/$ORIGIN/a.so x/b.so\n", 0o644, [], id="only-the-loader-knows"),
         pytest.param(b"/gone/a.so\n", 0o644, ["/gone/a.so is missing"], id="dangling"),

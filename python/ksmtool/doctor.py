@@ -425,7 +425,7 @@ def _wrapped(subject: Subject) -> tuple[str, ...]:
     """Return how to start it anew so that it is opted in: by systemd what systemd has started."""
     unit = _service(subject)
     if unit:
-        return (_edited(unit, "ExecStart= and again, with ksm-wrapper before its command"),)
+        return (_edited(unit, "ExecStart= alone, then ExecStart=ksm-wrapper and its command"),)
     return (f"ksmtool wrap -- {subject.again}",)
 
 

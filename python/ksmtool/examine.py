@@ -236,7 +236,7 @@ def _cannot_run(target: Program, root: Path) -> str:
     """Return why exec would fail, as far as files say; "" if it would not."""
     path, line = target.path, b""
     if not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "no file"
+        kind = "a folder" if os.path.isdir(path) else "no regular file"
         return f"{path} is {kind if os.path.exists(path) else 'missing'}"
     if not os.access(path, os.X_OK):
         return f"{path} is not executable"

@@ -126,6 +126,8 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _fault_of(path: Path) -> str:
+    if not path.is_file():  # opening a FIFO would wait for a writer
+        return "no library"
     try:
         with path.open("rb") as file:
             head = file.read(5)
