@@ -521,6 +521,9 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
         if logins and choice.method != machine.SYSTEMD:
             raise click.UsageError("--logins is about the method systemd.")
         click.echo(f"Method: {choice.method} ({choice.why}).")
+        entry = ""
+        if choice.method == machine.PRELOAD:  # where that cannot be, nothing else matters
+            entry = ldpreload.entry_for(machine.library(kernel))
         for problem in ldpreload.problems():
             click.echo(f"note: {problem}", err=True)
         company = consent.company()
@@ -530,16 +533,15 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
                 "that of everything else.",
                 "If all of them are your own, use --force.",
             )
-        if choice.method == machine.PRELOAD:
-            _enable_by_preload(machine.library(kernel), company, dry_run, yes)
+        if entry:
+            _enable_by_preload(entry, company, dry_run, yes)
         else:
             _enable_by_systemd(logins, company, dry_run, yes)
 
 
-def _enable_by_preload(library: str, company: Company, dry_run: bool, yes: bool) -> None:
+def _enable_by_preload(entry: str, company: Company, dry_run: bool, yes: bool) -> None:
     from ksmtool import ldpreload, machine  # noqa: PLC0415
 
-    entry = ldpreload.entry_for(library)
     tried = machine.rehearse(entry)
     click.echo(f"Tried in a mount namespace: programs start and print the same with {entry}.")
     candidate = ldpreload.candidate(entry)
