@@ -54,8 +54,13 @@ def test_the_layout_of_a_distribution(system: Path) -> None:
         "usr/lib/x86_64-linux-gnu/libksm_preload.so",
         "usr/lib/x86_64-linux-gnu/libksm_preload_follow.so",
         "usr/lib/x86_64-linux-gnu/libksm_preload_prctl.so",
+        "usr/lib/systemd/system/ksm-preload-export.service",
+        "usr/lib/systemd/system/ksm-preload-export.timer",
         "usr/lib/systemd/system/ksm-preload-off.service",
         "usr/lib/systemd/system/sysinit.target.wants/ksm-preload-off.service",
+        "usr/share/doc/ksm-preload/examples/ksm-preload-dashboard.json",
+        "usr/share/doc/ksm-preload/examples/ksm-preload.rules.yml",
+        "usr/share/doc/ksm-preload/export.md",
         "usr/share/man/man7/ksm_preload.7",
         "usr/share/man/man8/ksm-rescue.8",
     }
