@@ -383,6 +383,48 @@ def tree() -> Tree:
 
 
 @pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the sources without what was built in them."""
+    target = tmp_path_factory.mktemp("source") / "ksm-preload"
+    left_out = shutil.ignore_patterns(".venv", ".cache", ".git", "build*", ".mesonpy-*", ".*_cache")
+    shutil.copytree(HERE.parent, target, ignore=left_out)
+    return target
+
+
+@pytest.fixture(scope="session")
+def system(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the project installed below /usr, as a package would have it."""
+    build = tmp_path_factory.mktemp("build")
+    staged = tmp_path_factory.mktemp("staged")
+    meson = Path(sys.executable).parent / "meson"
+    steps: list[list[object]] = [
+        [meson, "setup", build, source, "--prefix=/usr", "--libdir=lib/x86_64-linux-gnu"],
+        [meson, "install", "-C", build, "--destdir", staged, "--quiet"],
+    ]
+    for step in steps:
+        done = run(step, env={"PATH": f"{meson.parent}:{os.environ['PATH']}"})
+        assert done.returncode == 0, done.stdout + done.stderr
+    return staged
+
+
+def as_installed(system: Path, folder: Path, script: str) -> list[str]:
+    """Return a command that runs a script where `system` lies over /usr, for itself alone."""
+    before = f"""
+        set -e
+        top={folder}
+        mount -t tmpfs none $top
+        mkdir $top/usr $top/usr.work $top/etc $top/etc.work
+        for folder in usr etc; do
+            mount -t overlay none -o \
+                lowerdir=/$folder,upperdir=$top/$folder,workdir=$top/$folder.work /$folder
+        done
+        cp -r {system}/usr/. /usr
+        PATH=/usr/bin:/usr/sbin:/bin:/sbin
+    """
+    return ["unshare", "--mount", "sh", "-c", before + script]
+
+
+@pytest.fixture(scope="session")
 def public() -> Iterator[Path]:
     """Return a folder that every user can reach, where set-uid bits and capabilities count."""
     folder = Path(tempfile.mkdtemp(prefix="ksm-preload-tests-"))
