@@ -481,6 +481,49 @@ def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     return show
 
 
+class Tmux:
+    """A terminal of 100 columns and 30 lines with a shell in it."""
+
+    def __init__(self, folder: Path, shell: str) -> None:
+        self.socket = folder / "tmux"
+        self.folder = folder
+        self("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "30", shell)
+
+    def __call__(self, *arguments: object) -> str:
+        done = run(
+            ["tmux", "-S", self.socket, *arguments], {"LC_ALL": "C.UTF-8", "SHELL": "/bin/sh"}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def type(self, text: str) -> None:
+        self("send-keys", "-l", text)
+
+    def key(self, name: str) -> None:
+        self("send-keys", name)
+
+    def command(self, line: str) -> None:
+        self.type(line)
+        self.key("Enter")
+
+    def screen(self) -> str:
+        return self("capture-pane", "-p")
+
+    def until(self, *words: str, absent: str = "") -> str:
+        """Wait until all of these are on the screen; return it."""
+
+        def there() -> bool:
+            text = self.screen()
+            return all(word in text for word in words) and not (absent and absent in text)
+
+        wait_until(there, 30, f"{words} without {absent!r} in {self.screen()}")
+        return self.screen()
+
+    def state(self) -> str:
+        """Whether the other screen is on, and the cursor."""
+        return self("display-message", "-p", "#{alternate_on} #{cursor_flag}").strip()
+
+
 @contextmanager
 def kept_running(*commands: Sequence[object], **options: Any) -> Iterator[list[int]]:
     """Run commands that say a line when their memory is there, and end them."""

@@ -29,14 +29,20 @@ def test_the_layout_of_a_distribution(system: Path) -> None:
         "usr/lib/systemd/system/ksm-preload-export.timer",
         "usr/lib/systemd/system/ksm-preload-off.service",
         "usr/lib/systemd/system/sysinit.target.wants/ksm-preload-off.service",
+        "usr/share/bash-completion/completions/ksm-wrapper",
+        "usr/share/bash-completion/completions/ksmtool",
         "usr/share/doc/ksm-preload/examples/ksm-preload-dashboard.json",
         "usr/share/doc/ksm-preload/examples/ksm-preload.rules.yml",
         "usr/share/doc/ksm-preload/export.md",
+        "usr/share/fish/vendor_completions.d/ksm-wrapper.fish",
+        "usr/share/fish/vendor_completions.d/ksmtool.fish",
         "usr/share/man/man1/ksm-wrapper.1",
         "usr/share/man/man1/ksmtool.1",
         "usr/share/man/man5/ksm-preload-policy.5",
         "usr/share/man/man7/ksm_preload.7",
         "usr/share/man/man8/ksm-rescue.8",
+        "usr/share/zsh/site-functions/_ksm-wrapper",
+        "usr/share/zsh/site-functions/_ksmtool",
     }
 
 
