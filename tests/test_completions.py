@@ -66,7 +66,7 @@ def shell(
     need(name != "bash" or found, "no bash-completion")
     (folder / ".bashrc").write_text(BASH.format(bash_completion="".join(map(str, found[:1]))))
     (folder / ".zshrc").write_text(ZSH.format(share=share, folder=folder))
-    options = {"bash": ["--rcfile", folder / ".bashrc"], "zsh": [], "fish": ["-C", FISH]}[name]
+    options = {"bash": ("--rcfile", folder / ".bashrc"), "zsh": (), "fish": ("-C", FISH)}
     environment = {
         "HOME": folder,
         "ZDOTDIR": folder,
@@ -76,7 +76,7 @@ def shell(
         "LC_ALL": "C.UTF-8",
     }
     variables = [f"{key}={value}" for key, value in environment.items()]
-    command = ["env", "-i", "-C", folder, *variables, need_command(name), *options]
+    command = ["env", "-i", "-C", folder, *variables, need_command(name), *options[name]]
     where = folder / name
     where.mkdir()
     terminal = Tmux(where, shlex.join(map(str, command)))

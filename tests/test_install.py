@@ -31,6 +31,7 @@ def test_the_layout_of_a_distribution(system: Path) -> None:
         "usr/lib/systemd/system/sysinit.target.wants/ksm-preload-off.service",
         "usr/share/bash-completion/completions/ksm-wrapper",
         "usr/share/bash-completion/completions/ksmtool",
+        "usr/share/doc/ksm-preload/examples/apparmor/usr.lib.snapd.snap-confine.real",
         "usr/share/doc/ksm-preload/examples/ksm-preload-dashboard.json",
         "usr/share/doc/ksm-preload/examples/ksm-preload.rules.yml",
         "usr/share/doc/ksm-preload/export.md",
