@@ -87,25 +87,30 @@ def shell(
         terminal("kill-server")
 
 
+# What is typed before the Tab, and what is on the screen after it.
 ROWS = [
-    ("ksmtool kernel-e", "kernel-enable"),
     ("ksmtool kernel-", "kernel-disable", "kernel-enable", "kernel-status"),
     ("ksmtool --version stat", "status"),
-    ("ksmtool group fo", "forget"),
     ("ksmtool group forget tab", GROUP),
+    ("ksmtool status --sort=pro", "profit", "processes"),
+    ("ksmtool export --textfile met", "metrics.prom"),
+    ("ksmtool wrap --method=prctl ksmtool status --js", "--json"),
+    ("ksm-wrapper --group web ksmtool status --js", "--json"),
+    ("ksm-wrapper --", "--method", "--no-preload", "--group-required", "--show", "--version"),
+]
+MORE = [
+    ("ksmtool kernel-e", "kernel-enable"),
+    ("ksmtool group fo", "forget"),
     ("ksmtool status --js", "--json"),
     ("ksmtool status --sort pro", "profit", "processes"),
-    ("ksmtool status --sort=pro", "profit", "processes"),
     ("ksmtool status --sort=nam", "--sort=name"),
-    ("ksmtool export --textfile met", "metrics.prom"),
     ("ksmtool export --textfile=met", "--textfile=metrics.prom"),
     ("ksmtool wrap --meth", "--method"),
     ("ksmtool wrap ksm-wrap", "ksm-wrapper"),
     ("ksmtool wrap -q ksmtool kernel-s", "kernel-status"),
-    ("ksmtool wrap --method=prctl ksmtool status --js", "--json"),
     ("ksmtool wrap -- ksmtool status --js", "--json"),
-    ("ksmtool try -n 3 -- ksmtool kernel-s", "kernel-status"),
     ("ksmtool wrap ksmtool status --sort=pro", "profit", "processes"),
+    ("ksmtool try -n 3 -- ksmtool kernel-s", "kernel-status"),
     ("ksmtool doctor -- ksmtool kernel-s", "kernel-status"),
     ("ksmtool policy check sh ksm-wrap", "ksm-wrapper"),
     ("ksm-wrapper --no-p", "--no-preload"),
@@ -114,13 +119,15 @@ ROWS = [
     ("ksm-wrapper --group tab", GROUP),
     ("ksm-wrapper ksm-wrap", "ksm-wrapper ksm-wrapper"),
     ("ksm-wrapper ksmtool kernel-s", "kernel-status"),
-    ("ksm-wrapper --group web ksmtool status --js", "--json"),
     ("ksm-wrapper --follow --group=web -- ksmtool kernel-s", "kernel-status"),
-    ("ksm-wrapper --", "--method", "--no-preload", "--group-required", "--show", "--version"),
+]
+CASES = [
+    *(pytest.param(row, id=row[0]) for row in ROWS),
+    *(pytest.param(row, id=row[0], marks=pytest.mark.slow) for row in MORE),
 ]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize("row", CASES)
 def test_tab(shell: Tmux, row: tuple[str, ...]) -> None:
     typed, *offered = row
     shell.key("C-c")  # what may go on

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,7 +163,15 @@ def test_the_files_are_where_they_are_said_to_be() -> None:
 
 def examples(page: Path) -> list[str]:
     text = page.read_text().partition(".Sh EXAMPLES\n")[2].partition("\n.Sh ")[0]
-    return re.findall(r"^\.Dl [$#] (.*)", text, re.MULTILINE)
+    lines = re.findall(r"^\.Dl [$#] (.*)", text, re.MULTILINE)
+    return [line.replace(r"\-", "-").replace(r"\(aq", "'") for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_what_is_to_be_typed_can_be_copied(page: Path) -> None:
+    """Else groff makes other characters of these than a shell knows."""
+    for line in re.findall(r"^\.Dl (.*)", page.read_text(), re.MULTILINE):
+        assert not re.search(r"(?<!\\)-|['`^~]", line), line
 
 
 def test_the_policy_in_the_example() -> None:
@@ -176,24 +185,41 @@ def test_the_policy_in_the_example() -> None:
     assert [found.verdict(path).allowed for path in paths] == [True, True, False, False]
 
 
+SAID = {
+    "ksm-preload-policy.5": ["\nsh: opted in"],
+    "ksm-wrapper.1": ["\nopted in\n", "\nksm_preload: opted in (prctl)\n", "\na worker\n"],
+    "ksm_preload.7": ["\nksm_preload: opted in (prctl)\n"],
+    "ksmtool.1": ["\na worker\n", "\nForgot group web", "pages_to_scan:", "ld.so.preload would be"],
+}
+"""Something that the examples of a page print."""
+
+
 @pytest.mark.ksm
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=named)
-def test_examples(page: Path, system: Path, tmp_path: Path) -> None:
-    """As root in a package's installation, in the order of the page; each does what it is for."""
+@pytest.mark.parametrize("name", SAID)
+def test_examples(name: str, system: Path, tmp_path: Path) -> None:
+    """As root in a package's installation, in the order of the page."""
     before = """
         mkdir -p /run/ksm-preload
         mount -t tmpfs -o mode=755 none /run/ksm-preload
         ldconfig
-        set -x
     """
-    script = before + "\n".join(examples(page))
+    lines = examples(MAN / name)
+    script = before + "\n".join(f"echo {shlex.quote(line)}\n{line}" for line in lines)
     done = subprocess.run(
         as_installed(system, tmp_path, script),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=600,
         check=False,
         stdin=subprocess.DEVNULL,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
+    assert lines
+    for text in SAID[name]:
+        assert text in done.stdout
+
+
+def test_every_page_with_examples_is_run() -> None:
+    assert {page.name for page in PAGES if examples(page)} == set(SAID)
