@@ -130,7 +130,6 @@ CASES = [
 @pytest.mark.parametrize("row", CASES)
 def test_tab(shell: Tmux, row: tuple[str, ...]) -> None:
     typed, *offered = row
-    shell.key("C-c")  # what may go on
     shell.key("C-u")
     shell.command("clear")
     shell.until("ready>", absent="clear")
