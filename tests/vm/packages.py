@@ -8,52 +8,65 @@ import re
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 import machine
-from conftest import HERE, need_command
+from conftest import HERE, need_command, run
 
 PROJECT = HERE.parent
-NAMES = ("ksm-preload", "libksm-preload")
-BUILDER = "1000"
-"""The user who builds, without fakeroot: Rules-Requires-Root is no."""
+BUILDER = ("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups")
+"""Who builds, without fakeroot: Rules-Requires-Root is no."""
 
 # Where they are installed: what they depend on, and what looks at them.
-TOOLS = ("autopkgtest", "lintian")
-USED = ("libc6:i386", "python3-click", "python3-distro", "python3-rich", "python3-xxhash", "sudo")
+USED = (
+    "autopkgtest",
+    "libc6:i386",
+    "lintian",
+    "python3-click",
+    "python3-distro",
+    "python3-rich",
+    "python3-xxhash",
+    "sudo",
+)
 
 ENTER = """
-mount --bind "$0" "$0"
-mount -t proc proc "$0/proc"
-mount -t sysfs sys "$0/sys"
-mount --bind /dev "$0/dev"
-mount -t tmpfs tmp "$0/run"
-exec chroot "$0" "$@"
+mount -t overlay root -o "lowerdir=$0,upperdir=$1/upper,workdir=$1/work" "$1/root"
+cd "$1/root"
+mount -t proc proc proc
+mount -t sysfs sys sys
+mount --bind /dev dev
+mount -t tmpfs tmp run
+shift
+exec chroot . "$@"
 """
 
 
 @dataclass(frozen=True)
 class Chroot:
-    """A Debian in a folder."""
+    """A Debian that others share, and what is changed in this one, in a folder of its own."""
 
-    folder: Path
+    below: tuple[Path, ...]
+    """Its files, the first folder that has one counts."""
+    layer: Path
+
+    @property
+    def changed(self) -> Path:
+        """Return the folder with the files that are not as below."""
+        return self.layer / "upper"
 
     def run(
-        self,
-        *command: object,
-        env: Mapping[str, str] | None = None,
-        seconds: float = 300,
-        personality: Sequence[str] = (),
+        self, *command: object, env: Mapping[str, str] | None = None, seconds: float = 300
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in there, with mounts of its own and without a network."""
-        enter = ["unshare", "--mount", "--net", "--propagation=private", "sh", "-ec", ENTER]
-        path = "/usr/sbin:/usr/bin:/sbin:/bin"
+        enter = ("unshare", "--mount", "--net", "--propagation=private", "sh", "-ec", ENTER)
+        known = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "TERM": "dumb"}
         return subprocess.run(
-            [*personality, *enter, str(self.folder), *map(str, command)],
-            env={"PATH": path, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", **(env or {})},
+            [*enter, ":".join(map(str, self.below)), str(self.layer), *map(str, command)],
+            env={**known, "DEBIAN_FRONTEND": "noninteractive", **(env or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -61,22 +74,33 @@ class Chroot:
             check=False,
         )
 
-    def __call__(self, *command: object) -> str:
+    def __call__(self, *command: object, env: Mapping[str, str] | None = None) -> str:
         """Run a command in there, which has to succeed; return what it prints."""
-        done = self.run(*command)
+        done = self.run(*command, env=env)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def new_and_gone(self) -> set[str]:
+        """Return the paths that are here and not below, or the other way round."""
+        (base,) = self.below
+        paths = {path: str(path.relative_to(self.changed)) for path in self.changed.rglob("*")}
+        # What is deleted is a device (Documentation/filesystems/overlayfs.rst).
+        return {
+            name
+            for path, name in paths.items()
+            if os.path.lexists(base / name) == path.is_char_device()
+        }
 
 
 def build_dependencies() -> list[str]:
     """Return the packages that debian/control declares for building, without versions."""
     control = (PROJECT / "debian/control").read_text()
-    (field,) = re.findall(r"^Build-Depends:((?:.*\n)(?: .*\n)*)", control, re.MULTILINE)
-    return [re.split(r"[\s(<\[]", word.strip())[0] for word in field.split(",")]
+    (declared,) = re.findall(r"^Build-Depends:((?:.*\n)(?: .*\n)*)", control, re.MULTILINE)
+    return [re.split(r"[\s(<\[]", word.strip())[0] for word in declared.split(",")]
 
 
 def archive(purpose: str, suite: str, architectures: str) -> Path:
-    """Return the archive of a chroot to "build" or to "use" the packages in, from the cache."""
+    """Return the archive of a Debian to "build" or to "use" the packages in, from the cache."""
 
     def keep(packed: tarfile.TarFile, output: IO[bytes]) -> None:
         with tarfile.open(fileobj=output, mode="w", format=tarfile.GNU_FORMAT) as copy:
@@ -87,21 +111,108 @@ def archive(purpose: str, suite: str, architectures: str) -> Path:
     left_out = (f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in machine.LEFT_OUT)
     variant, packages = {
         "build": ("buildd", build_dependencies()),
-        "use": ("minbase", [*TOOLS, *USED]),
+        "use": ("minbase", USED),
     }[purpose]
     content = (f"--variant={variant}", f"--include={','.join(packages)}", *left_out, suite, "-")
-    architecture = replace(machine.AMD64, debian=architectures)
-    return machine.made(f"{purpose}-{suite}", content, keep, architecture)
-
-
-def chroot(archive: Path, folder: Path) -> Chroot:
-    """Unpack a chroot into `folder`, which is made."""
-    folder.mkdir()
-    done = subprocess.run(
-        [need_command("tar"), "-C", folder, "--numeric-owner", "-xpf", archive],
-        check=False,
-        capture_output=True,
-        text=True,
+    return machine.made(
+        f"{purpose}-{suite}", content, keep, replace(machine.AMD64, debian=architectures)
     )
+
+
+@dataclass
+class Debians:
+    """Debians unpacked below a folder, each once, and layers on them."""
+
+    folder: Path
+    _layers: int = 0
+    _bases: dict[str, Path] = field(default_factory=dict)
+
+    def base(self, purpose: str, suite: str, architectures: str) -> Path:
+        """Return the folder of one."""
+        name = f"{purpose}-{suite}-{architectures}"
+        if name not in self._bases:
+            packed, folder = archive(purpose, suite, architectures), self.folder / name
+            folder.mkdir()
+            done = run([need_command("tar"), "-C", folder, "--numeric-owner", "-xpf", packed])
+            assert done.returncode == 0, done.stderr
+            self._bases[name] = folder
+        return self._bases[name]
+
+    def chroot(self, *below: Path) -> Chroot:
+        """Return a new one."""
+        self._layers += 1
+        layer = self.folder / f"layer-{self._layers}"
+        for name in ("upper", "work", "root"):
+            (layer / name).mkdir(parents=True)
+        layer.joinpath("upper").chmod(0o755)
+        return Chroot(below, layer)
+
+
+def source(folder: Path) -> None:
+    """Copy what git would have in a commit of now to `folder`, as the builder's."""
+    listed = subprocess.run(
+        [need_command("git"), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=PROJECT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    for name in listed.split("\0")[:-1]:
+        if os.path.lexists(PROJECT / name):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, target, follow_symlinks=False)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of a build."""
+
+    folder: Path
+    log: str
+    seconds: float
+
+    def file(self, pattern: str) -> Path:
+        """Return the only file of that pattern."""
+        (found,) = self.folder.glob(pattern)
+        return found
+
+    def packages(self) -> list[Path]:
+        """Return the packages, without those of debug symbols."""
+        return [file for file in sorted(self.folder.glob("*.deb")) if "-dbgsym_" not in file.name]
+
+
+def build(
+    chroot: Chroot,
+    where: str = "build/ksm-preload",
+    umask: int = 0o022,
+    env: Mapping[str, str] | None = None,
+    personality: Sequence[str] = (),
+) -> Built:
+    """Build all packages with dpkg-buildpackage, as a user. Fails the test if that fails."""
+    folder = chroot.changed / where
+    source(folder)
+    for path in (folder.parent, *folder.parent.rglob("*")):
+        os.chown(path, 1000, 1000)
+    command = f"umask {umask:03o}; cd /{where}; exec dpkg-buildpackage -us -uc"
+    start = time.monotonic()
+    done = chroot.run(
+        *BUILDER, *personality, "sh", "-ec", command, env={"HOME": "/nonexistent", **(env or {})}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Built(folder.parent, done.stdout + done.stderr, time.monotonic() - start)
+
+
+def newer(package: Path, folder: Path, version: str) -> Path:
+    """Return the same package with another version, which all that it needs of ours has, too."""
+    tree = folder / f"{package.stem}-{version}"
+    done = run(["dpkg-deb", "--raw-extract", package, tree])
     assert done.returncode == 0, done.stderr
-    return Chroot(folder)
+    control = tree / "DEBIAN/control"
+    (old,) = re.findall(r"^Version: (.*)$", control.read_text(), re.MULTILINE)
+    control.write_text(control.read_text().replace(old, version))
+    built = folder / package.name.replace(old, version)
+    done = run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", tree, built])
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tree)
+    return built
