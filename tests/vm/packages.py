@@ -134,7 +134,7 @@ class Debians:
 
     def base(self, purpose: str, suite: str, architectures: str) -> Path:
         """Return the folder of one."""
-        name = f"{purpose}-{suite}-{architectures}"
+        name = f"{purpose}-{suite}-{architectures}".replace(",", "-")  # it is in mount's options
         if name not in self._bases:
             packed, folder = archive(purpose, suite, architectures), self.folder / name
             folder.mkdir()
