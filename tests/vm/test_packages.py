@@ -56,7 +56,7 @@ def builds(debians: Debians) -> Iterator[Builds]:
     bookworm = debians.base("build", "bookworm", "amd64")
     trixie = debians.base("build", "trixie", "amd64")
     i386 = debians.base("build", "bookworm", "i386")
-    other = {"LC_ALL": "C", "LANG": "de_DE.UTF-8", "TZ": "Asia/Kolkata", "USER": "somebody"}
+    other = {"LC_ALL": "C", "TZ": "Asia/Kolkata", "USER": "me", "DEB_BUILD_OPTIONS": "nocheck"}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             "bookworm": pool.submit(packages.build, debians.chroot(bookworm)),
@@ -178,7 +178,7 @@ def test_reproducible(builds: Builds) -> None:
 
 
 @slow
-@pytest.mark.parametrize("name", ["bookworm", "trixie", "i386"])
+@pytest.mark.parametrize("name", ["bookworm", "trixie"])
 def test_lintian(builds: Builds, debians: Debians, name: str) -> None:
     chroot = debians.chroot(debians.base("use", "bookworm", "amd64,i386"))
     built = chroot.changed / "built"
@@ -444,6 +444,24 @@ def test_the_entry_goes_with_the_first_library(installed: Chroot, gone: str) -> 
     assert preload(installed) is None
     for libc in ("/lib/x86_64-linux-gnu/libc.so.6", "/lib/i386-linux-gnu/libc.so.6"):
         assert installed.run(libc).stderr == ""
+
+
+@slow
+def test_another_package_takes_the_place_of_the_library(installed: Chroot) -> None:
+    """The one that depends on it stays, deconfigured, which dpkg calls an error."""
+    dpkg(installed, "--purge", "libksm-preload:i386")
+    put(installed, PRELOAD, ENTRY.encode())
+    fields = (
+        "Package: other\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: a\n"
+    )
+    fields += "Conflicts: libksm-preload\nReplaces: libksm-preload\n"
+    put(installed, "other/DEBIAN/control", fields.encode())
+    installed("sh", "-c", "chmod -R go=rX /other; dpkg-deb --build /other /other.deb")
+    done = installed.run("dpkg", "--auto-deconfigure", "--install", "/other.deb")
+    assert "libksm-preload:amd64 in favour of other" in done.stderr
+    assert "ERROR: ld.so" not in done.stderr
+    assert (state(installed, "ksm-preload"), state(installed, "other")) == ("unpacked", "installed")
+    assert preload(installed) is None
 
 
 @slow
