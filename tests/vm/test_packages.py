@@ -460,7 +460,10 @@ def test_another_package_takes_the_place_of_the_library(installed: Chroot) -> No
     done = installed.run("dpkg", "--auto-deconfigure", "--install", "/other.deb")
     assert "libksm-preload:amd64 in favour of other" in done.stderr
     assert "ERROR: ld.so" not in done.stderr
-    assert (state(installed, "ksm-preload"), state(installed, "other")) == ("unpacked", "installed")
+    assert (state(installed, "ksm-preload"), state(installed, "other")) == (
+        "half-configured",
+        "installed",
+    )
     assert preload(installed) is None
 
 
@@ -481,15 +484,19 @@ def test_an_entry_that_nothing_can_take_out(installed: Chroot) -> None:
 def test_below_another_root(installed: Chroot) -> None:
     """dpkg --root, and no chroot: what is switched on here is not what is removed there."""
     put(installed, PRELOAD, ENTRY.encode())
+    drop_in = f"{UNITS}/service.d/50-ksm-preload.conf"
+    installed("python3", "-c", f"from ksmtool.systemd import *; write([DropIn({drop_in!r}, True)])")
     for name in ("status", "available"):
         put(installed, f"target/var/lib/dpkg/{name}", b"")
     options = ("--root=/target", "--force-script-chrootless", "--force-depends")
     installed("sh", "-c", f"dpkg {' '.join(options)} --install /offered/now/*_amd64.deb")
     put(installed, f"target/{PRELOAD}", f"/a.so\n{ENTRY}".encode())
     put(installed, "target/etc/ksm-preload/policy", b"")
+    shutil.copytree(installed.changed / UNITS, installed.changed / "target" / UNITS)
     installed("dpkg", *options, "--purge", "ksm-preload", "libksm-preload")
     assert (installed.changed / "target" / PRELOAD).read_text() == "/a.so\n"
-    assert not (installed.changed / "target/etc/ksm-preload").exists()
+    assert traces(replace(installed, layer=installed.layer / "upper/target")) == set()
+    assert traces(installed) == {PRELOAD, drop_in}
     assert preload(installed) == ENTRY.encode()
 
 
