@@ -340,7 +340,7 @@ static bool move_program(struct tracee *t, uint64_t offset)
 /* The mapping moves by whole pages; the rest of the offset is its content's within it. */
 static bool move_stack(struct tracee *t, uint64_t distance, uint64_t program)
 {
-    static const char zeros[1 << 16];
+    static char zeros[1 << 16]; /* not const: in the file they would be more than half of it */
     uint64_t within = distance % t->page, pages = distance - within;
     char *content = moved_content(t, -distance, program);
     bool written;
