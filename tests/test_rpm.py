@@ -29,6 +29,7 @@ FRONT, LIBRARIES = "ksm-preload", "ksm-preload-libs"
 PACKAGES = ("python3-click", "python3-distro", "python3-rich", "systemd-sysv")
 LIBDIR = "/usr/lib/x86_64-linux-gnu"
 """Debian's, which its loader takes for $LIB."""
+FIGURES = "var/lib/prometheus/node-exporter"
 ENTRY = b"/usr/$LIB/libksm_preload_prctl.so\n"
 
 # Fedora's %{optflags} and %{build_ldflags}, but for plugins and specs that only Fedora has.
@@ -190,7 +191,6 @@ class System(Root):
 
     def rpm(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Have this machine's rpm work on it, inside its mounts."""
-        # Debian's packages are not in that database.
         work = f'exec rpm --root "$0" --dbpath /var/lib/rpm {" ".join(arguments)}'
         return self._enter(ENTER.replace('exec chroot "$0" "$@"', work))
 
@@ -238,10 +238,11 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         parent.chmod(0o755)
     done = run(["tar", "-C", folder, "-xf", root])
     assert done.returncode == 0, done.stderr
-    made = System(folder)
-    (folder / "var/lib/rpm").mkdir()
-    made.done("--initdb")
-    yield made
+    # Those in /usr are in Fedora's package `filesystem`.
+    manuals = (f"usr/share/man/man{section}" for section in "1578")
+    for name in ("var/lib/rpm", FIGURES, "usr/share/licenses", *manuals):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    yield System(folder)
     shutil.rmtree(folder)
 
 
@@ -252,13 +253,20 @@ def clean(system: System) -> Iterator[System]:
     yield system
     left = system.rpm("-qa").stdout.split()
     if left:
-        system.rpm("-e", "--noscripts", "--nodeps", *left)
+        system.rpm(*ERASE, "--noscripts", "--nodeps", *left)
     after = system.files()
     differ = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    for name in reversed(differ):  # for the tests to come
+        path = system.folder / name
+        if name not in before:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     assert (left, differ) == ([], [])
 
 
-INSTALL, UPGRADE = ("-i", "--nodeps"), ("-U", "--nodeps")
+# Debian's packages are not in that database, and Debian's rpm would warn of itself.
+QUIETLY = "--force-debian"
+INSTALL, UPGRADE, REINSTALL = ((verb, "--nodeps", QUIETLY) for verb in ("-i", "-U", "--reinstall"))
+ERASE = ("-e", QUIETLY)
 ENABLE = ("ksmtool", "global-enable", "--yes", "--force", "--method", "ld.so.preload")
 OTHER = b"/usr/lib/x86_64-linux-gnu/libutil.so.1"
 
@@ -266,7 +274,7 @@ OTHER = b"/usr/lib/x86_64-linux-gnu/libutil.so.1"
 CONTENTS = {
     "no file": (None, ENTRY),
     "an entry": (OTHER + b"\n", OTHER + b"\n" + ENTRY),
-    "an entry without a newline": (OTHER, OTHER + b"\n" + ENTRY),
+    "an entry without a newline": (OTHER, OTHER + b"\n" + ENTRY[:-1]),
     "a comment": (b"# anybody's words\n", b"# anybody's words\n" + ENTRY),
     "several, a comment, blanks": (
         b"# why\n\n  " + OTHER + b" \t" + OTHER + b"\n\n",
@@ -299,10 +307,10 @@ def test_install_enable_upgrade_erase(
     assert "ksm_merge_any: yes" in clean("cat", "/proc/self/ksm_stat")
     clean.done(*UPGRADE, "--oldpackage", *first.files)
     assert clean.content() == enabled
-    clean.done("--reinstall", "--nodeps", *first.files)
+    clean.done(*REINSTALL, *first.files)
     assert clean.content() == enabled
 
-    clean.done("-e", FRONT, LIBRARIES)
+    clean.done(*ERASE, FRONT, LIBRARIES)
     assert clean.content() == before
     clean.preload.unlink(missing_ok=True)
 
@@ -315,13 +323,13 @@ def test_one_after_the_other(
     clean.done(*INSTALL, *first.files)
     assert clean.run("ksm-rescue", "--add", ENTRY.decode().strip()).returncode == 0
     if order[0] == LIBRARIES and not how:
-        said = clean.rpm("-e", LIBRARIES)
+        said = clean.rpm(*ERASE, LIBRARIES)
         assert said.returncode != 0
         assert f"is needed by (installed) {FRONT}" in said.stderr
         assert clean.content() == ENTRY
         order = (FRONT, LIBRARIES)
     for package in order:
-        clean.done("-e", *how, package)
+        clean.done(*ERASE, *how, package)
         assert clean.content() is None
 
 
@@ -330,7 +338,7 @@ def test_the_libraries_alone(clean: System, first: Build, second: Build) -> None
     clean.preload.write_bytes(OTHER + b"\n" + ENTRY)
     clean.done(*UPGRADE, str(second.libraries))
     assert clean.content() == OTHER + b"\n" + ENTRY
-    clean.done("-e", LIBRARIES)
+    clean.done(*ERASE, LIBRARIES)
     assert clean.content() == OTHER + b"\n"
     clean.preload.unlink()
 
@@ -342,13 +350,13 @@ def test_what_cannot_be_taken_out_keeps_the_packages(clean: System, first: Build
     elsewhere.write_bytes(ENTRY)
     clean.preload.symlink_to(elsewhere.name)
     for packages in ((FRONT, LIBRARIES), ("--nodeps", LIBRARIES)):
-        said = clean.rpm("-e", *packages)
+        said = clean.rpm(*ERASE, *packages)
         assert said.returncode != 0
         assert "It is a symbolic link; edit what it names by hand." in said.stderr
         assert clean.content() == ENTRY
         assert len(clean.rpm("-qa").stdout.split()) == 2
     elsewhere.write_bytes(OTHER + b"\n")
-    clean.done("-e", FRONT, LIBRARIES)
+    clean.done(*ERASE, FRONT, LIBRARIES)
     assert clean.content() == OTHER + b"\n", "others' link is not looked at"
     clean.preload.unlink()
     elsewhere.unlink()
@@ -358,7 +366,7 @@ def test_what_ksmtool_enabled_goes_with_it(clean: System, first: Build, ksm: Ksm
     before = ksm.settings()
     clean.done(*INSTALL, *first.files)
     enable(clean)
-    clean.done("-e", FRONT, LIBRARIES)
+    clean.done(*ERASE, FRONT, LIBRARIES)
     assert ksm.settings() == before
     assert not list((clean.folder / "etc/systemd/system").glob("*.d/50-ksm-preload.conf"))
 
@@ -372,7 +380,7 @@ def test_without_python_too(clean: System, first: Build, ksm: Ksm) -> None:
     python = clean.folder / "usr/bin/python3"
     python.rename(python.with_name("away"))
     try:
-        said = clean.rpm("-e", FRONT, LIBRARIES)
+        said = clean.rpm(*ERASE, FRONT, LIBRARIES)
     finally:
         python.with_name("away").rename(python)
     assert (said.returncode, said.stdout) == (0, "")
@@ -393,9 +401,7 @@ def enable(system: System) -> None:
     ):
         done = system.run(*command)
         assert done.returncode == 0, done.stdout + done.stderr
-    figures = system.folder / "var/lib/prometheus/node-exporter/ksm-preload.prom"
-    figures.parent.mkdir(parents=True, exist_ok=True)
-    figures.touch()
+    (system.folder / FIGURES / "ksm-preload.prom").touch()
     units = system.folder / "etc/systemd/system"
     for name in (
         "ksm-preload.service",
