@@ -2,7 +2,7 @@
 """The RPM packages: built, looked at, and installed, upgraded and erased by a real rpm.
 
 In a Debian below a root of its own with a database of rpm's: all that is not Fedora's own happens
-as it would there. docs/packages.md says what that leaves out.
+as it would there. CONTRIBUTING.md says what that leaves out.
 """
 
 from __future__ import annotations
