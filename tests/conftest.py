@@ -383,6 +383,48 @@ def tree() -> Tree:
 
 
 @pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the sources without what was built in them."""
+    target = tmp_path_factory.mktemp("source") / "ksm-preload"
+    left_out = shutil.ignore_patterns(".venv", ".cache", ".git", "build*", ".mesonpy-*", ".*_cache")
+    shutil.copytree(HERE.parent, target, ignore=left_out)
+    return target
+
+
+@pytest.fixture(scope="session")
+def system(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the project installed below /usr, as a package would have it."""
+    build = tmp_path_factory.mktemp("build")
+    staged = tmp_path_factory.mktemp("staged")
+    meson = Path(sys.executable).parent / "meson"
+    steps: list[list[object]] = [
+        [meson, "setup", build, source, "--prefix=/usr", "--libdir=lib/x86_64-linux-gnu"],
+        [meson, "install", "-C", build, "--destdir", staged, "--quiet"],
+    ]
+    for step in steps:
+        done = run(step, env={"PATH": f"{meson.parent}:{os.environ['PATH']}"})
+        assert done.returncode == 0, done.stdout + done.stderr
+    return staged
+
+
+def as_installed(system: Path, folder: Path, script: str) -> list[str]:
+    """Return a command that runs a script where `system` lies over /usr, for itself alone."""
+    before = f"""
+        set -e
+        top={folder}
+        mount -t tmpfs none $top
+        mkdir $top/usr $top/usr.work $top/etc $top/etc.work
+        for folder in usr etc; do
+            mount -t overlay none -o \
+                lowerdir=/$folder,upperdir=$top/$folder,workdir=$top/$folder.work /$folder
+        done
+        cp -r {system}/usr/. /usr
+        PATH=/usr/bin:/usr/sbin:/bin:/sbin
+    """
+    return ["unshare", "--mount", "sh", "-c", before + script]
+
+
+@pytest.fixture(scope="session")
 def public() -> Iterator[Path]:
     """Return a folder that every user can reach, where set-uid bits and capabilities count."""
     folder = Path(tempfile.mkdtemp(prefix="ksm-preload-tests-"))
@@ -492,6 +534,49 @@ def _with_ours() -> str:
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with all that script/release makes of the working tree."""
     return release(committed(tmp_path_factory.mktemp("release") / "checkout"))[0]
+
+
+class Tmux:
+    """A terminal of 100 columns and 30 lines with a shell in it."""
+
+    def __init__(self, folder: Path, shell: str) -> None:
+        self.socket = folder / "tmux"
+        self.folder = folder
+        self("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "30", shell)
+
+    def __call__(self, *arguments: object) -> str:
+        done = run(
+            ["tmux", "-S", self.socket, *arguments], {"LC_ALL": "C.UTF-8", "SHELL": "/bin/sh"}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def type(self, text: str) -> None:
+        self("send-keys", "-l", text)
+
+    def key(self, name: str) -> None:
+        self("send-keys", name)
+
+    def command(self, line: str) -> None:
+        self.type(line)
+        self.key("Enter")
+
+    def screen(self) -> str:
+        return self("capture-pane", "-p")
+
+    def until(self, *words: str, absent: str = "") -> str:
+        """Wait until all of these are on the screen; return it."""
+
+        def there() -> bool:
+            text = self.screen()
+            return all(word in text for word in words) and not (absent and absent in text)
+
+        wait_until(there, 30, f"{words} without {absent!r} in {self.screen()}")
+        return self.screen()
+
+    def state(self) -> str:
+        """Whether the other screen is on, and the cursor."""
+        return self("display-message", "-p", "#{alternate_on} #{cursor_flag}").strip()
 
 
 @contextmanager

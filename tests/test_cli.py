@@ -42,7 +42,7 @@ def test_python_m_ksmtool(tree: Tree) -> None:
 def test_every_source_file_has_its_licence_line() -> None:
     done = run(["git", "ls-files"], cwd=ROOT)
     wanted = re.compile(
-        r"(\.(py|c|h|map|toml|js|pl|php)|meson\.build|meson_options\.txt)$|^script/"
+        r"(\.(py|c|h|map|toml|js|pl|php)|meson\.build|meson_options\.txt)$|^(script|man|data/(completions|apparmor))/"
     )
     for name in done.stdout.splitlines():
         if wanted.search(name):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,36 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import need, need_command, run
+from conftest import as_installed, need, need_command, run
 from ksmtool import install
 from ksmtool.errors import KsmtoolError
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the sources without what was built in them."""
-    target = tmp_path_factory.mktemp("source") / "ksm-preload"
-    left_out = shutil.ignore_patterns(".venv", ".cache", ".git", "build*", ".mesonpy-*", ".*_cache")
-    shutil.copytree(ROOT, target, ignore=left_out)
-    return target
-
-
-@pytest.fixture(scope="module")
-def system(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the project installed below /usr, as a package would have it."""
-    build = tmp_path_factory.mktemp("build")
-    staged = tmp_path_factory.mktemp("staged")
-    meson = Path(sys.executable).parent / "meson"
-    steps: list[list[object]] = [
-        [meson, "setup", build, source, "--prefix=/usr", "--libdir=lib/x86_64-linux-gnu"],
-        [meson, "install", "-C", build, "--destdir", staged, "--quiet"],
-    ]
-    for step in steps:
-        done = run(step, env={"PATH": f"{meson.parent}:{os.environ['PATH']}"})
-        assert done.returncode == 0, done.stdout + done.stderr
-    return staged
 
 
 def test_the_layout_of_a_distribution(system: Path) -> None:
@@ -54,10 +25,25 @@ def test_the_layout_of_a_distribution(system: Path) -> None:
         "usr/lib/x86_64-linux-gnu/libksm_preload.so",
         "usr/lib/x86_64-linux-gnu/libksm_preload_follow.so",
         "usr/lib/x86_64-linux-gnu/libksm_preload_prctl.so",
+        "usr/lib/systemd/system/ksm-preload-export.service",
+        "usr/lib/systemd/system/ksm-preload-export.timer",
         "usr/lib/systemd/system/ksm-preload-off.service",
         "usr/lib/systemd/system/sysinit.target.wants/ksm-preload-off.service",
+        "usr/share/bash-completion/completions/ksm-wrapper",
+        "usr/share/bash-completion/completions/ksmtool",
+        "usr/share/doc/ksm-preload/examples/apparmor/usr.lib.snapd.snap-confine.real",
+        "usr/share/doc/ksm-preload/examples/ksm-preload-dashboard.json",
+        "usr/share/doc/ksm-preload/examples/ksm-preload.rules.yml",
+        "usr/share/doc/ksm-preload/export.md",
+        "usr/share/fish/vendor_completions.d/ksm-wrapper.fish",
+        "usr/share/fish/vendor_completions.d/ksmtool.fish",
+        "usr/share/man/man1/ksm-wrapper.1",
+        "usr/share/man/man1/ksmtool.1",
+        "usr/share/man/man5/ksm-preload-policy.5",
         "usr/share/man/man7/ksm_preload.7",
         "usr/share/man/man8/ksm-rescue.8",
+        "usr/share/zsh/site-functions/_ksm-wrapper",
+        "usr/share/zsh/site-functions/_ksmtool",
     }
 
 
@@ -69,25 +55,14 @@ def test_it_finds_its_libraries_wherever_it_is_put(system: Path) -> None:
 
 @pytest.mark.ksm
 def test_in_the_loaders_path_the_bare_name_is_used_and_works(system: Path, tmp_path: Path) -> None:
-    """In a mount namespace of its own: copied over /usr, and /etc/ld.so.cache made anew."""
-    script = f"""
-        set -e
-        top={tmp_path}
-        mount -t tmpfs none $top
-        mkdir $top/usr $top/usr.work $top/etc $top/etc.work
-        for folder in usr etc; do
-            mount -t overlay none -o \
-                lowerdir=/$folder,upperdir=$top/$folder,workdir=$top/$folder.work /$folder
-        done
-        cp -r {system}/usr/. /usr
-        PATH=/usr/bin:/usr/sbin:/bin:/sbin
+    script = """
         ksm-wrapper --show
         ldconfig
         ksm-wrapper --show
         ksm-wrapper cat /proc/self/ksm_stat
         ksm-wrapper cat /proc/self/maps | grep -o 'libksm_preload.*'
     """
-    done = run(["unshare", "--mount", "sh", "-c", script])
+    done = run(as_installed(system, tmp_path, script))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1] == "LD_PRELOAD /usr/lib/x86_64-linux-gnu/libksm_preload_prctl.so"
@@ -111,6 +86,7 @@ def test_a_wheel_by_debian_12s_own_meson_python(source: Path, tmp_path: Path) ->
     assert wheel.name.endswith("py3-none-linux_x86_64.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.endswith("data/lib/ksm-preload/libksm_preload_prctl.so") for name in names)
+    assert any(name.endswith("data/share/man/man1/ksmtool.1") for name in names)
 
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", venv], check=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from conftest import Tree, need_command, run, wait_until
+from conftest import Tmux, Tree, need_command, run, wait_until
 from ksmtool import facts, process, top, usage
 from ksmtool.facts import Pace
 from ksmtool.top import History, View, press
@@ -122,53 +122,10 @@ def test_the_filter_is_shown(tmp_path: Path) -> None:
 # ---- A real terminal -----------------------------------------------------------------------
 
 
-class Tmux:
-    """A terminal of 100 columns and 30 lines with a shell in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.socket = folder / "tmux"
-        self.folder = folder
-        self("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "30", "sh")
-
-    def __call__(self, *arguments: object) -> str:
-        done = run(
-            ["tmux", "-S", self.socket, *arguments], {"LC_ALL": "C.UTF-8", "SHELL": "/bin/sh"}
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def type(self, text: str) -> None:
-        self("send-keys", "-l", text)
-
-    def key(self, name: str) -> None:
-        self("send-keys", name)
-
-    def command(self, line: str) -> None:
-        self.type(line)
-        self.key("Enter")
-
-    def screen(self) -> str:
-        return self("capture-pane", "-p")
-
-    def until(self, *words: str, absent: str = "") -> str:
-        """Wait until all of these are on the screen; return it."""
-
-        def there() -> bool:
-            text = self.screen()
-            return all(word in text for word in words) and not (absent and absent in text)
-
-        wait_until(there, 30, f"{words} without {absent!r} in {self.screen()}")
-        return self.screen()
-
-    def state(self) -> str:
-        """Whether the other screen is on, and the cursor."""
-        return self("display-message", "-p", "#{alternate_on} #{cursor_flag}").strip()
-
-
 @pytest.fixture
 def tmux(tmp_path: Path) -> Iterator[Tmux]:
     need_command("tmux")
-    terminal = Tmux(tmp_path)
+    terminal = Tmux(tmp_path, "sh")
     try:
         yield terminal
     finally:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ksmtool import complete
 from ksmtool.errors import ExitStatus, KsmtoolError
 
 if TYPE_CHECKING:
@@ -20,12 +21,9 @@ if TYPE_CHECKING:
     from ksmtool.kernel import Ksm
     from ksmtool.ksmd import Change, Settled
 
-# Options of ours end at the command: `ksmtool wrap ls --help` is ls's help.
-_WRAPPING = {"allow_interspersed_args": False}
-
 
 def _version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted:
+    if wanted and not context.resilient_parsing:  # as it is at the Tab key
         import subprocess  # noqa: PLC0415
 
         from ksmtool import install  # noqa: PLC0415
@@ -46,7 +44,7 @@ def cli() -> None:
     """
 
 
-@cli.command(context_settings=_WRAPPING)
+@cli.command(cls=complete.Wrapping)
 @click.option(
     "--method",
     type=click.Choice(["auto", "prctl", "madvise"]),
@@ -60,13 +58,16 @@ def cli() -> None:
     "--group",
     "group_name",
     metavar="NAME",
+    shell_complete=complete.group,
     help="Give COMMAND the secret memory layout and hash seeds that all programs so started share: "
     "their equal data is equal bytes then. For programs that trust each other.",
 )
 @click.option("--group-required", is_flag=True, help="Do not run COMMAND without that layout.")
 @click.option("--no-hash-seed", is_flag=True, help="Leave hash seeds alone.")
 @click.option("--follow", is_flag=True, help="Let what COMMAND starts join the group, too.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument(
+    "command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete.command
+)
 def wrap(
     method: str,
     explain: bool,
@@ -99,7 +100,7 @@ def wrap(
     wrapping.run(command, method, explain, quiet, wanted=wanted)
 
 
-@cli.command("try", context_settings=_WRAPPING)
+@cli.command("try", cls=complete.Wrapping)
 @click.option(
     "-n",
     "copies",
@@ -118,7 +119,10 @@ def wrap(
 )
 @click.option("--follow", is_flag=True, help="Let what the copies start join the group, too.")
 @click.option(
-    "--ready-file", metavar="PATH", help="A copy is ready when this exists; {i} as above."
+    "--ready-file",
+    type=click.Path(),
+    metavar="PATH",
+    help="A copy is ready when this exists; {i} as above.",
 )
 @click.option(
     "--ready-port",
@@ -142,8 +146,12 @@ def wrap(
     help="ksmd's pages per 20 ms, if KSM is off now; if it is on, its rate stays.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of the table.")
-@click.option("--plot", metavar="FILE", help="Also draw a bar chart: .svg or .png.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option(
+    "--plot", type=click.Path(), metavar="FILE", help="Also draw a bar chart: .svg or .png."
+)
+@click.argument(
+    "command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete.command
+)
 def try_(
     copies: int,
     arms: str,
@@ -299,7 +307,13 @@ def top(by: str, sort: str, interval: float) -> None:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of text.")
-@click.argument("subject", nargs=-1, type=click.UNPROCESSED, metavar="[PID | -- CMD [ARG]...]")
+@click.argument(
+    "subject",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="[PID | -- CMD [ARG]...]",
+    shell_complete=complete.command,
+)
 def doctor(as_json: bool, subject: tuple[str, ...]) -> None:
     """Say what keeps KSM from saving memory here, and the commands that change it.
 
@@ -331,6 +345,7 @@ def _is_pid(word: str) -> bool:
 @cli.command()
 @click.option(
     "--textfile",
+    type=click.Path(),
     metavar="FILE",
     help="Write FILE for node_exporter's textfile collector, in one go, instead of stdout. It "
     "has to end in .prom.",
@@ -446,7 +461,7 @@ def group() -> None:
 
 @group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of the table.")
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete.group)
 def group_list(as_json: bool, names: tuple[str, ...]) -> None:
     """List this user's groups: their members alive, their memory, and what merging spares.
 
@@ -466,7 +481,7 @@ def group_list(as_json: bool, names: tuple[str, ...]) -> None:
 
 
 @group.command("forget")
-@click.argument("name")
+@click.argument("name", shell_complete=complete.group)
 def group_forget(name: str) -> None:
     """Remove the secret of the group NAME.
 
@@ -648,7 +663,7 @@ def policy() -> None:
 
 @policy.command("check")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema 1) instead of lines.")
-@click.argument("programs", nargs=-1, metavar="[PROGRAM]...")
+@click.argument("programs", nargs=-1, metavar="[PROGRAM]...", shell_complete=complete.program)
 def policy_check(as_json: bool, programs: tuple[str, ...]) -> None:
     """Say what policy is in force, what is wrong with it, and what becomes of each PROGRAM.
 
