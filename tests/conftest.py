@@ -481,6 +481,61 @@ def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     return show
 
 
+def committed(folder: Path) -> Path:
+    """Make a repository in `folder` with one commit, what is in the working tree; return it."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=HERE.parent,
+        check=False,
+        capture_output=True,
+    )
+    need(listed.returncode == 0, f"no repository: {os.fsdecode(listed.stderr)}")
+    for name in os.fsdecode(listed.stdout).rstrip("\0").split("\0"):
+        source, target = HERE.parent / name, folder / name
+        if source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    # The same commit each time, whoever's machine this is.
+    environment = {"HOME": "/nonexistent"}
+    for who in ("AUTHOR", "COMMITTER"):
+        environment.update({f"GIT_{who}_{what}": "test" for what in ("NAME", "EMAIL")})
+        environment[f"GIT_{who}_DATE"] = "2026-11-26T12:00:00Z"
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "-qm", "test"]):
+        done = run(["git", *command], environment, folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def release(folder: Path, **environment: str) -> tuple[Path, float]:
+    """Run script/release in a repository; return its dist and how many seconds it took."""
+    for command in ("rpmbuild", "git", "auditwheel", "twine"):
+        need(shutil.which(command, path=_with_ours()), f"no {command}")
+    start = time.monotonic()
+    done = subprocess.run(
+        [folder / "script" / "release"],
+        env={"PATH": _with_ours(), "HOME": str(folder / ".git"), **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=600,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return folder / "dist", time.monotonic() - start
+
+
+def _with_ours() -> str:
+    """Return PATH with the tools that script/bootstrap installs beside Python first."""
+    return f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with all that script/release makes of the working tree."""
+    return release(committed(tmp_path_factory.mktemp("release") / "checkout"))[0]
+
+
 class Tmux:
     """A terminal of 100 columns and 30 lines with a shell in it."""
 

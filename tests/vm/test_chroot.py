@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -74,8 +74,13 @@ class Root:
         return run([*enter, *command], env={"PATH": path, "KSM_PRELOAD_VERBOSE": ""})
 
 
-def archive() -> Path:
-    """Return the archive of the root, from the cache if it is there."""
+def archive(
+    name: str = "chroot",
+    suite: str = "bookworm",
+    packages: Sequence[str] = PACKAGES,
+    architectures: str = "amd64,i386",
+) -> Path:
+    """Return the archive of a root, from the cache if it is there."""
 
     def keep(packed: tarfile.TarFile, output: IO[bytes]) -> None:
         with tarfile.open(fileobj=output, mode="w", format=tarfile.GNU_FORMAT) as copy:
@@ -84,9 +89,9 @@ def archive() -> Path:
                     copy.addfile(member, packed.extractfile(member) if member.isreg() else None)
 
     left_out = (f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in machine.LEFT_OUT)
-    content = ("--variant=minbase", f"--include={','.join(PACKAGES)}", *left_out)
-    both = replace(machine.AMD64, debian="amd64,i386")
-    return machine.made("chroot", (*content, "bookworm", "-"), keep, both)
+    content = ("--variant=minbase", f"--include={','.join(packages)}", *left_out)
+    architecture = replace(machine.AMD64, debian=architectures)
+    return machine.made(name, (*content, suite, "-"), keep, architecture)
 
 
 @pytest.fixture(scope="module")
