@@ -21,15 +21,19 @@ ROOT = Path(__file__).parent.parent
 
 def measure(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     file = tmp_path / "out.json"
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", f"benchmarks.{arguments[0]}", *arguments[1:], "--json", str(file)],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    ) as running:
+        try:
+            said, _ = running.communicate(timeout=600)
+        except subprocess.TimeoutExpired:
+            running.terminate()  # not killed: it ends what it has started, and sets KSM back
+            raise
+    assert running.returncode == 0, said
     document = json.loads(file.read_text())
     assert document["schema"] == 1
     assert document["benchmark"] == arguments[0]
