@@ -8,28 +8,36 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from benchmarks.apache50.servers import Siege
+from benchmarks.apache50.sites import Site
 from benchmarks.entropy.__main__ import spread_of
 
 from conftest import Tree, need
 from ksmtool import group
+from ksmtool.errors import KsmtoolError
+from ksmtool.trial import Fleet
 
 ROOT = Path(__file__).parent.parent
 
 
 def measure(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     file = tmp_path / "out.json"
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", f"benchmarks.{arguments[0]}", *arguments[1:], "--json", str(file)],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    ) as running:
+        try:
+            said, _ = running.communicate(timeout=600)
+        except subprocess.TimeoutExpired:
+            running.terminate()  # not killed: it ends what it has started, and sets KSM back
+            raise
+    assert running.returncode == 0, said
     document = json.loads(file.read_text())
     assert document["schema"] == 1
     assert document["benchmark"] == arguments[0]
@@ -98,6 +106,41 @@ def test_apache50(tmp_path: Path) -> None:
     assert [arm["name"] for arm in results["arms"]] == ["plain", "wrap", "group"]
     processes = {moment["memory"]["processes"] for moment in results["arms"][2]["moments"]}
     assert processes == {moment["memory"]["opted_in"] for moment in results["arms"][2]["moments"]}
+
+
+class NoFleet:
+    """Stands in for a fleet: a siege only tells it what it has started."""
+
+    def __init__(self) -> None:
+        self.left_out: list[int] = []
+
+    def leave_out(self, pid: int) -> None:
+        self.left_out.append(pid)
+
+
+@pytest.mark.parametrize("crashes", [1, 2])
+def test_a_siege_that_crashes_runs_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crashes: int
+) -> None:
+    keys = "transactions successful_transactions failed_transactions availability transaction_rate"
+    result = json.dumps(dict.fromkeys(keys.split(), 7))
+    siege = tmp_path / "siege"
+    siege.write_text(
+        f"#!/bin/sh\ncd {tmp_path}; echo >>runs\n"
+        f"[ $(wc -l <runs) -gt {crashes} ] || kill -SEGV $$\necho '{result}'\n"
+    )
+    siege.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    site = Site(1, 1, tmp_path / "sites" / "site-1", (), "", (), ())
+    site.folder.mkdir(parents=True)
+    fleet = NoFleet()
+    with Siege(cast(Fleet, fleet), [site], "static", 1, 1) as running:
+        if crashes == 1:
+            assert running.result().transactions == 7
+        else:
+            with pytest.raises(KsmtoolError, match=r"printed no result: '' \(status -?\d+\)"):
+                running.result()
+    assert len(fleet.left_out) == 2
 
 
 def test_entropy(tmp_path: Path) -> None:

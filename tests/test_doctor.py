@@ -794,10 +794,10 @@ def test_a_service_is_started_by_systemd(root: Path) -> None:
     checkup = look(root, OUT)
     assert checkup.subject is not None
     assert checkup.subject.facts is not None
-    facts = checkup.subject.facts
+    service, facts = checkup.subject, checkup.subject.facts
 
-    def fixes(unit: str, **more: object) -> tuple[str, ...]:
-        subject = replace(checkup.subject, facts=replace(facts, unit=unit), **more)  # type: ignore[type-var]
+    def fixes(unit: str, off: bool = False, before: str = "") -> tuple[str, ...]:
+        subject = replace(service, facts=replace(facts, unit=unit), off=off, before=before)
         (one,) = doctor.diagnose(replace(checkup, subject=subject))
         return one.fixes
 
@@ -809,7 +809,7 @@ def test_a_service_is_started_by_systemd(root: Path) -> None:
     for other in ("user@1000.service", "session-1.scope", "a.service of user 7", "a\n.service"):
         assert fixes(other) == (WRAP,)
         assert fixes(other, before="/x") == (WRAP,)
-    subject = replace(checkup.subject, facts=replace(facts, unit=unit))
+    subject = replace(service, facts=replace(facts, unit=unit))
     enabled = replace(checkup, subject=subject, methods=("ld.so.preload",))
     assert doctor.diagnose(enabled)[0].fixes == (EDIT + AGAIN,)
 

@@ -77,6 +77,10 @@ class Siege:
 
     def __enter__(self) -> Siege:
         """Start it in a session of its own, to be able to end it whole."""
+        self._start()
+        return self
+
+    def _start(self) -> None:
         self._child = subprocess.Popen(
             self._argv,
             stdin=subprocess.DEVNULL,
@@ -86,7 +90,6 @@ class Siege:
             start_new_session=True,
         )
         self._fleet.leave_out(self._child.pid)
-        return self
 
     def __exit__(self, *_: object) -> None:
         """End it, if it has not ended by itself."""
@@ -100,12 +103,20 @@ class Siege:
         return self._child.poll() is None
 
     def result(self) -> Load:
-        """Wait for the end and return what it says; raises KsmtoolError if that is nothing."""
+        """Wait for the end and return what it says; raises KsmtoolError if that is nothing.
+
+        siege 4 crashes now and then where two of its threads meet (its issue 191): if it has no
+        result it runs once more, from the beginning.
+        """
         said, complaint = self._child.communicate()
+        if "{" not in said:
+            self._start()
+            said, complaint = self._child.communicate()
         try:
             return sites.parse_siege(said)
         except ValueError as error:
-            raise KsmtoolError(f"{error}.", complaint[-500:] or None) from error
+            status = self._child.returncode
+            raise KsmtoolError(f"{error} (status {status}).", complaint[-500:] or None) from error
 
 
 @contextmanager

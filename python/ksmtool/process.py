@@ -173,7 +173,8 @@ def identity(pid: int, proc: Path = PROC) -> Identity | None:
     """Return who `pid` is, None if it has ended, is a zombie, or a thread of the kernel.
 
     The last two have no memory of their own, so their status has no VmRSS. Nor has a process of
-    which the first thread has ended and others run: PermissionError, for there is no way to it.
+    which the first thread has ended and others run: PermissionError, so that it is counted, since
+    nothing here looks at a process by another thread.
     """
     try:
         status = _content(f"{proc}/{pid}/status")

@@ -329,7 +329,9 @@ def test_what_readme_shows(root: Root) -> None:
     lines = readme_lines("ksmtool global-enable")
     assert len(lines) == 5
     for line in lines:
-        done = root.run("sh", "-c", f"{line.removeprefix('# ')} {'--force' * ('--yes' in line)}")
+        done = root.run(
+            "sh", "-c", f"{line.removeprefix('# ')} {'--force' * ('global-enable' in line)}"
+        )
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     assert not root.preload.exists()
 
