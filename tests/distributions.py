@@ -106,7 +106,7 @@ DISTRIBUTIONS = {
         (6, 12),
         {**SYSTEMD, **KSMTUNED},
         ("ksmtuned", "ksm.service"),
-        "systemctl disable --now ksmtuned.service",
+        "sudo systemctl disable --now ksmtuned.service",
     ),
     "ubuntu-22.04": Distribution(_os("ubuntu", "22.04", "debian"), (5, 15), SYSTEMD),
     "ubuntu-24.04 with qemu": Distribution(
@@ -169,6 +169,6 @@ DISTRIBUTIONS = {
             "etc/rc.local": "echo 1 >/sys/kernel/mm/ksm/run\n",
         },
         ("ksmtuned", "/etc/rc.local"),
-        "update-rc.d ksmtuned disable && service ksmtuned stop",
+        "sudo update-rc.d ksmtuned disable && sudo service ksmtuned stop",
     ),
 }

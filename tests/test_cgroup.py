@@ -32,13 +32,13 @@ PATHS = {
     ),
     "a desktop's program": (
         rf"{USER}/app.slice/app-gnome-firefox\x2desr-2345.scope",
-        "app-gnome-firefox-esr-2345.scope of user 1000",
+        r"app-gnome-firefox\x2desr-2345.scope of user 1000",
         "",
     ),
     "the user's manager": (f"{USER}/init.scope", "init.scope of user 1000", ""),
     "letters beyond ASCII": (
         r"/system.slice/caf\xc3\xa9.service",
-        "café.service",
+        r"caf\xc3\xa9.service",
         "",
     ),
     "a name that systemd had to escape": (
@@ -94,7 +94,7 @@ PATHS = {
     ),
     "nspawn, started by hand": (
         r"/machine.slice/machine-build\x2d1.scope/payload",
-        "machine-build-1.scope",
+        r"machine-build\x2d1.scope",
         "nspawn:build-1",
     ),
     "nspawn, its service": (
@@ -104,13 +104,13 @@ PATHS = {
     ),
     "a virtual machine is no container": (
         r"/machine.slice/machine-qemu\x2d3\x2dwin.scope/libvirt/emulator",
-        "machine-qemu-3-win.scope",
+        r"machine-qemu\x2d3\x2dwin.scope",
         "",
     ),
     "a virtual machine on Proxmox VE": ("/qemu.slice/100.scope", "100.scope", ""),
     "LXC by libvirt": (
         r"/machine.slice/machine-lxc\x2d55\x2dbox.scope",
-        "machine-lxc-55-box.scope",
+        r"machine-lxc\x2d55\x2dbox.scope",
         "lxc:box",
     ),
     "Kubernetes, containerd": (

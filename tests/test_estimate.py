@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from conftest import AS_NOBODY, Tree, Victims, kept_running, need, need_command, run, wait_until
-from ksmtool import estimate, estimate_report, policy, process, trial
+from ksmtool import cli, estimate, estimate_report, policy, process, trial
 from ksmtool.errors import ExitStatus
 from ksmtool.estimate import Estimate, Pair, Program, Tally
 from ksmtool.kernel import PAGE_SIZE, Ksm
@@ -216,6 +217,28 @@ def private_dirty(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
+def test_what_is_shared_by_fork_stays_shared() -> None:
+    """By process_vm_readv each process would get a copy of its own of all 1000."""
+    with kept_running(python(FORKED)) as (pid,):
+        pids = family(pid)
+        settle_copies(pids)
+        before = [private_dirty(one) for one in pids]
+        assert estimate.measure(pids).processes == 4
+        assert [private_dirty(one) for one in pids] == before
+
+
+@pytest.mark.ksm
+def test_what_is_merged_stays_merged(tree: Tree, victims: Victims, ksm: Ksm) -> None:
+    with kept_running(*[(tree.wrapper, victims("pages"), 7, 1000, 10)] * 2) as pids:
+        ksm.apply({"run": "1"})
+        wait_until(lambda: process.total(pids).merging_pages >= 2000, 60, "all is merged")
+        ksm.apply({"run": "0"})
+        # Not merging_pages, from which a page is only taken off when ksmd comes by.
+        before = process.total(pids).pss_anon
+        assert estimate.measure(pids).processes == 2
+        assert process.total(pids).pss_anon == before
+
+
 @pytest.mark.root
 def test_without_frames_what_fork_shares_is_taken_for_one() -> None:
     """As a user without root: the same within what equal shared pages can hide."""
@@ -361,6 +384,8 @@ def test_a_thread_stands_for_its_process() -> None:
         threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
         assert len(threads) == 2
         assert estimate.named(threads) == [pid]
+        found = estimate.measure(estimate.named([*threads, 4_194_305]))
+    assert (found.processes, found.ended) == (1, 1)
 
 
 # The command.
@@ -403,6 +428,15 @@ def test_all(tree: Tree, victims: Victims) -> None:
     assert str(victims("pages")) in names
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_processes_that_are_hidden(monkeypatch: pytest.MonkeyPatch, hidden: bool) -> None:
+    monkeypatch.setattr(process, "hides", lambda: hidden)
+    monkeypatch.setattr(estimate, "everything", lambda: [os.getpid()])
+    done = CliRunner().invoke(cli.cli, ["estimate", "--all", "--json"])
+    assert ("hides the processes of others" in done.stderr) is hidden
+    assert json.loads(done.stdout)["schema"] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -418,6 +452,8 @@ def test_all(tree: Tree, victims: Victims) -> None:
         (["999999999"], 1, "There is no process 999999999 that has memory of its own."),
         (["--again", "-1", "1"], 2, "-1"),
         (["--again", "nan", "1"], 2, "nan is no time"),
+        (["4194305", "4194306"], 1, "There is no process 4194305, 4194306 that has memory"),
+        (["1" * 300], 1, "There is no process 1"),
         (["--app", "no-such-app"], 1, "No process of no-such-app runs."),
     ],
 )
@@ -428,7 +464,9 @@ def test_bad_input(tree: Tree, arguments: list[str], status: int, words: str) ->
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("text", "share"), [("10%", 0.1), ("10", 0.1), ("0.5", 0.005)])
+@pytest.mark.parametrize(
+    ("text", "share"), [("10%", 0.1), ("10", 0.1), ("0.5", 0.005), ("1e-30", 0.0)]
+)
 def test_parts_of_a_whole(tree: Tree, victims: Victims, text: str, share: float) -> None:
     with kept_running((victims("pages"), 7, 50, 50)) as pids:
         done = run([tree.ksmtool, "estimate", "--json", "--sample", text, *pids])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from benchmarks.fleet.__main__ import PROGRAMS, SYSTEM_PATH
 
-from conftest import Tree, need, run, wait_until
+from conftest import Tree, Victims, kept_running, need, run, wait_until
 from ksmtool import facts, process, trial, usage
 from ksmtool.kernel import PAGE_SIZE, Counters, Ksm
 from ksmtool.process import Memory
@@ -245,9 +245,43 @@ def test_those_that_may_not_be_looked_at_keep_their_part() -> None:
     assert [each.saved for each in found] == [900 * PAGE_SIZE] * 2
 
 
+def test_the_parts_are_no_more_than_the_whole() -> None:
+    """What forked, or merged, since the counters were read has more mappings than these say."""
+    seen = [process_facts(1000, 10000, 100, pid) for pid in range(4)]
+    found = facts.apportioned(seen, counters(1000, 1000))
+    assert sum(each.saved or 0 for each in found) == 1000 * PAGE_SIZE
+
+
 def test_looking_for_nothing_is_a_loss() -> None:
     (found,) = facts.apportioned([process_facts(0, 1000, 1000)], counters(0, 0))
     assert (found.saved, found.profit) == (0, -64000)
+
+
+def test_what_has_ended_counts_for_nothing_once_ksmd_is_off(tmp_path: Path) -> None:
+    """The kernel still counts it; where some may not be looked at, its count is all there is."""
+    machine = facts.gather(MACHINES["6.18, v2, Kubernetes"].make(tmp_path))
+    alive = replace(machine, processes=machine.processes[:15])
+    left = sum(each.saved or 0 for each in alive.processes)
+    assert 0 < left < machine.saved
+    off = replace(alive, merging=False)
+    assert (alive.saved, off.saved) == (machine.saved, left)
+    assert machine.profit - off.profit == machine.saved - left
+    assert replace(off, unreadable=1).saved == machine.saved
+
+
+@pytest.mark.ksm
+def test_ended_while_ksmd_is_off(tree: Tree, victims: Victims, ksm: Ksm) -> None:
+    """Live: the kernel goes on counting what two processes had, and status does not."""
+    with kept_running(*[(tree.wrapper, victims("pages"), 7, 5000, 10)] * 2) as pids:
+        ksm.apply({"run": "1"})
+        wait_until(lambda: process.total(pids).merging_pages >= 10000, 60, "all is merged")
+        ksm.apply({"run": "0"})
+        before = facts.gather()
+    after = facts.gather()
+    assert ksm.counters().pages_sharing >= 5000
+    # Some may not be looked at here even by root; they are not opted in.
+    before, after = (replace(each, unreadable=0) for each in (before, after))
+    assert before.saved - after.saved >= 5000 * PAGE_SIZE
 
 
 # ---- ksmd's pace ---------------------------------------------------------------------------
@@ -262,6 +296,10 @@ def sample(at: float, cpu: float | None, scans: int, visited: int | None) -> fac
     [
         # Passes completed meanwhile; pages visited; settings, with and without the time it works.
         (sample(0, 1, 10, 0), sample(2, 1.5, 14, 99), 25, 0.5),
+        (sample(0, 1, 10, None), sample(2, 1.5, 12, None), 25, 1),
+        # A pass that happens to end just then does not make it short.
+        (sample(0, 1, 10, 0), sample(2, 1.5, 11, 3650), 25, 4),
+        (sample(0, 1, 10, None), sample(2, 1.5, 11, None), 25, 7300 / 5000 / 0.75),
         (sample(0, 1, 10, 0), sample(2, 1.5, 10, 3650), 25, 4),
         (sample(0, 1, 10, None), sample(2, 1.5, 10, None), 25, 7300 / 5000 / 0.75),
         (sample(0, None, 10, None), sample(2, None, 10, None), None, 7300 / 5000),

@@ -83,9 +83,18 @@ def root_with(folder: Path, text: bytes, mode: int = 0o644) -> Path:
     ("text", "mode", "words"),
     [
         pytest.param(b"", 0o644, [], id="empty"),
-        pytest.param(b"/usr/$LIB/libksm_preload_prctl.so\n", 0o644, [], id="as-we-write-it"),
+        pytest.param(b"/usr/$LIB/good.so\n", 0o644, [], id="as-we-write-it"),
+        pytest.param(b"/opt/${LIB}/multi.so\n", 0o644, [], id="below-a-triplet"),
+        pytest.param(
+            b"/usr/$LIB/libksm_preload_prctl.so\n", 0o644, ["_prctl.so is missing"], id="gone"
+        ),
+        pytest.param(b"/usr/lib/empty.so\n", 0o644, ["is no library"], id="empty-library"),
+        pytest.param(b"/usr/lib/folder.so\n", 0o644, ["is no library"], id="a-folder"),
+        pytest.param(b"/usr/lib/narrow.so\n", 0o644, ["another word size"], id="wrong-class"),
+        pytest.param(b"/x/$ORIGIN/a.so x/b.so\n", 0o644, [], id="only-the-loader-knows"),
         pytest.param(b"/gone/a.so\n", 0o644, ["/gone/a.so is missing"], id="dangling"),
-        pytest.param(b"libfoo.so\n", 0o644, [], id="a-bare-name-is-for-the-loader-to-find"),
+        pytest.param(b"good.so configured.so\n", 0o644, [], id="bare-names"),
+        pytest.param(b"libfoo.so\n", 0o644, ["libfoo.so is missing"], id="a-bare-name-is-nowhere"),
         pytest.param(
             b"libksm_preload.so /a/libksm_preload_prctl.so\n",
             0o644,
@@ -99,13 +108,27 @@ def root_with(folder: Path, text: bytes, mode: int = 0o644) -> Path:
             id="a-second-comment-is-loaded",
         ),
         pytest.param(b"# /x/libksm_preload.so\n", 0o644, ["A comment in /etc"], id="commented-out"),
-        pytest.param(b"libfoo.so\n", 0o600, ["readable by root only"], id="for-root-only"),
+        pytest.param(b"good.so\n", 0o600, ["readable by root only"], id="for-root-only"),
     ],
 )
 def test_what_is_wrong_with_the_file(
     tmp_path: Path, text: bytes, mode: int, words: list[str]
 ) -> None:
-    said = " ".join(ldpreload.problems(root_with(tmp_path, text, mode)))
+    root = root_with(tmp_path, text, mode)
+    good = Path("/bin/true").read_bytes()
+    for path, content in (
+        ("usr/lib64/good.so", good),
+        ("opt/lib/x86_64-linux-gnu/multi.so", good),
+        ("usr/lib/x86_64-linux-gnu/c.so", good),
+        ("usr/local/lib/configured.so", good),
+        ("etc/ld.so.conf.d/x.conf", b"# local\n/usr/local/lib\n"),
+        ("usr/lib/empty.so", b""),
+        ("usr/lib/narrow.so", good[:4] + b"\1" + good[5:]),
+        ("usr/lib/folder.so/x", b""),
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    said = " ".join(ldpreload.problems(root))
     assert bool(said) == bool(words), said
     for word in words:
         assert word in said
@@ -403,7 +426,7 @@ def test_killed_at_any_moment_no_service_is_on_that_should_not_be(
 
 
 def test_what_a_killed_run_left_is_swept(units: Path) -> None:
-    stale = units / f"etc/systemd/system/service.d/.{systemd.NAME}.new"
+    stale = units / f"etc/systemd/system/service.d/.{systemd.NAME}.4711.new"
     stale.parent.mkdir()
     stale.touch()
     systemd.write([], units)

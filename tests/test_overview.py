@@ -60,7 +60,9 @@ def test_what_is_not_known(machine: MachineFacts) -> None:
     assert lines["zero pages"] == "not told by this kernel (Linux 6.6 does)"
     assert lines["ksmd"] == "its CPU time cannot be seen here"
     assert lines["full pass"] == "none under way, 12 done"
-    assert lines["unreadable"] == "3 more processes may not be looked at; root may"
+    assert (
+        lines["unreadable"] == "3 more processes may not be looked at; root may look at nearly all"
+    )
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -161,8 +163,47 @@ def test_a_kernel_that_does_not_tell(tmp_path: Path) -> None:
 def test_what_others_save_is_said(machine: MachineFacts) -> None:
     some = replace(machine, processes=machine.processes[:15], unreadable=7)
     (note,) = overview.notes(some, usage.total(usage.rows(some.processes)))
-    assert note == "Note: 13.3 MB are saved in processes that may not be looked at."
+    assert note == "Note: 13.3 MB are of processes that may not be looked at."
     assert overview.notes(machine, usage.total(usage.rows(machine.processes))) == []
+    off = replace(some, merging=False)
+    (note,) = overview.notes(off, usage.total(usage.rows(off.processes)))
+    assert note.endswith(" may not be looked at, or that have ended since ksmd is off.")
+    few = replace(machine, processes=machine.processes[:-1], unreadable=1)
+    assert overview.notes(few, usage.total(usage.rows(few.processes))) == []
+
+
+def test_a_pool_that_forked_has_a_note(machine: MachineFacts) -> None:
+    first, *rest = (one for one in machine.processes if one.executable == "/app/worker")
+    forked = [replace(one, parent=first.pid) for one in rest]
+    pool = replace(machine, processes=(first, *forked))
+    (note,) = overview.notes(pool, usage.total(usage.rows(pool.processes)))
+    assert note.startswith(f"Note: {len(rest)} processes are forked from one that is merged, too:")
+    started = [replace(one, executable="/other") for one in forked]
+    pool = replace(machine, processes=(first, *started))
+    assert overview.notes(pool, usage.total(usage.rows(pool.processes))) == []
+
+
+def test_next_to_nothing_is_no_loss(machine: MachineFacts) -> None:
+    idle = replace(machine, counters=replace(machine.counters, general_profit_bytes=-64))
+    assert said(idle)["saved"].startswith("0.0 MB (0.0 % of RAM)")
+    assert overview.mb(-49_000) == "0.0"
+
+
+def test_hidden_processes_are_told(machine: MachineFacts) -> None:
+    (note,) = overview.notes(
+        replace(machine, hidden=True), usage.total(usage.rows(machine.processes))
+    )
+    assert "(hidepid)" in note
+
+
+def test_off_though_it_should_be_on(tmp_path: Path) -> None:
+    root = MACHINES[LAST].make(tmp_path)
+    state = root / "var/lib/ksm-preload/kernel.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(STATE)
+    (root / "sys/kernel/mm/ksm/run").write_text("0\n")
+    off = said(facts.gather(root))["KSM"]
+    assert off == "off, though ksmtool kernel-enable is in force; what was merged stays so"
 
 
 def test_no_name_moves_the_cursor(machine: MachineFacts) -> None:
@@ -303,7 +344,7 @@ def test_a_user_is_told_what_cannot_be_seen() -> None:
     # pytest's own process at least; a process that became nobody may not look at itself, either.
     assert unreadable >= 1
     assert unreadable + readable >= len(everything.processes) - 5
-    assert lines["unreadable"].endswith("may not be looked at; root may")
+    assert lines["unreadable"].endswith("may not be looked at; root may look at nearly all")
     assert "saved" in lines
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import wait_until
 from ksmtool import pages
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import PAGE_SIZE
@@ -214,11 +215,20 @@ def test_nothing_is_brought_into_memory() -> None:
     with live(code) as child:
         assert child.stdout is not None
         child.stdout.readline()
+        # What it does between its line and its sleep would be taken for what we have done.
+        wait_until(lambda: asleep(child.pid), 10, "the child waits")
         before = resident(child.pid)
         words = hashed(child.pid, word)
         assert sum(number >> 32 == 77 for number in words) == 1000
         assert resident(child.pid) == before
         child.kill()
+
+
+def asleep(pid: int) -> bool:
+    """Whether it is in read(2): only then its number is the first word there."""
+    read = {"x86_64": "0", "aarch64": "63", "riscv64": "63"}.get(os.uname().machine)
+    words = Path(f"/proc/{pid}/syscall").read_text().split()
+    return words[0] == read if read else words[0] != "running"
 
 
 def resident(pid: int) -> Sequence[str]:

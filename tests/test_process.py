@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Victims, kept_running, wait_until
 from ksmtool import process
 from ksmtool.kernel import PAGE_SIZE
 
@@ -111,6 +112,30 @@ def test_identity(tmp_path: Path) -> None:
     fixture(tmp_path, 6, {"status": STATUS.format(name="kworker/0:1", memory="")})
     assert process.identity(6, tmp_path) is None
     assert process.identity(7, tmp_path) is None
+
+
+def test_a_process_whose_first_thread_has_ended_is_not_dropped(victims: Victims) -> None:
+    """It has no memory by its own PID, and is no zombie either."""
+    with kept_running((victims("leader"),)) as (pid,):
+        wait_until(lambda: "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text(), 10, "it ends")
+        with pytest.raises(PermissionError):
+            process.identity(pid)
+
+
+@pytest.mark.parametrize(
+    ("options", "hides"),
+    [("rw", False), ("rw,hidepid=invisible", True), ("rw,gid=4,hidepid=2", True)],
+)
+def test_hidepid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, hides: bool
+) -> None:
+    (tmp_path / "self").mkdir()
+    mounts = f"22 28 0:21 / /proc rw,relatime shared:13 - proc proc {options}\n"
+    (tmp_path / "self/mountinfo").write_text(f"1 0 8:1 / / rw - ext4 /dev/sda1 rw\n{mounts}")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert process.hides(tmp_path) is hides
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert not process.hides(tmp_path)
 
 
 def test_identity_of_names_that_look_like_something_else(tmp_path: Path) -> None:

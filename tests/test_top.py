@@ -234,22 +234,36 @@ def test_it_follows_the_size(tmux: Tmux, tree: Tree) -> None:
     assert_clean(tmux)
 
 
+def test_a_terminal_of_few_characters(tmux: Tmux, tree: Tree) -> None:
+    """What is cut off ends in a character that it does not have."""
+    tmux("resize-window", "-x", "60", "-y", "30")
+    tmux.command("export PYTHONIOENCODING=latin-1")
+    start(tmux, tree, "0.5")
+    wait_until(lambda: "?" in tmux.screen(), 10, "a line is cut off")
+    tmux.type("q")
+    assert_clean(tmux)
+
+
 def test_control_c_ends_it(started: Tmux) -> None:
     started.key("C-c")
     assert_clean(started)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
 def test_signals_end_it(started: Tmux, number: signal.Signals) -> None:
     os.kill(pid_of_top(started), number)
     assert_clean(started, 0 if number == signal.SIGINT else 130)
 
 
-def test_control_z_leaves_the_screen_and_fg_comes_back(tmux: Tmux, tree: Tree) -> None:
+@pytest.mark.parametrize("how", ["C-z", "SIGTSTP"])
+def test_control_z_leaves_the_screen_and_fg_comes_back(tmux: Tmux, tree: Tree, how: str) -> None:
     tmux.command("set -m; stty -a >before; PS1='$ '")
     tmux.command(shlex.join([str(tree.ksmtool), "top", "--interval", "0.5"]))
     tmux.until("sort: saved", "PID")
-    tmux.key("C-z")
+    if how == "C-z":
+        tmux.key("C-z")
+    else:
+        os.kill(pid_of_top(tmux), signal.SIGTSTP)
     tmux.until("Stopped", absent="sort: saved")
     assert tmux.state() == "0 1"
     tmux.command("stty -a >while; fg")
@@ -275,6 +289,8 @@ def test_a_dumb_terminal(tmux: Tmux, tree: Tree) -> None:
     assert "top needs a terminal." in tmux.until("ended with 2")
 
 
-@pytest.mark.parametrize("options", [["--interval", "0"], ["--interval", "nan"], ["--by", "x"]])
+@pytest.mark.parametrize(
+    "options", [["--interval", "0"], ["--interval", "nan"], ["--interval", "1e10"], ["--by", "x"]]
+)
 def test_usage_errors(tree: Tree, options: list[str]) -> None:
     assert run([tree.ksmtool, "top", *options]).returncode == 2

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+_NEW = ".{name}.{by}.new"
 
-def unfinished(file: Path) -> Path:
-    """Return the name under which `file` is written; what a killed run leaves has it."""
-    return file.with_name(f".{file.name}.new")
+
+def unfinished(units: Path, name: str) -> Iterator[Path]:
+    """Yield what killed runs left of drop-ins of that name, in the folders of all units."""
+    return units.glob(f"*.d/{_NEW.format(name=name, by='*')}")
 
 
 def write(file: Path, content: bytes, mode: int = 0o644) -> None:
@@ -18,9 +21,11 @@ def write(file: Path, content: bytes, mode: int = 0o644) -> None:
     Raises OSError, and the old one is there.
     """
     folders(file.parent)
-    new = unfinished(file)
+    new = file.with_name(_NEW.format(name=file.name, by=os.getpid()))
+    # Others may write to the folder: what they put there is not written to, nor followed.
+    new.unlink(missing_ok=True)
     try:
-        with new.open("wb") as output:
+        with new.open("xb") as output:
             output.write(content)
             output.flush()
             os.fchmod(output.fileno(), mode)

@@ -40,8 +40,8 @@ class Place:
     """Where a process belongs, in the words of tables; "" for nowhere."""
 
     unit: str = ""
-    """The innermost unit, such as "nginx.service". If it is not one of the system's own manager,
-    "foo.service of user 1000" or "nginx.service in lxc:web"."""
+    """The innermost unit as systemctl knows it, such as "nginx.service". If it is not one of the
+    system's own manager, "foo.service of user 1000" or "nginx.service in lxc:web"."""
     container: str = ""
     """The innermost container: who runs it, and its name or the first 12 digits of its ID, such as
     "docker:3f4e2a1b9c8d"."""
@@ -52,8 +52,9 @@ def place(text: str) -> Place:
     """Return where a process with this /proc/PID/cgroup belongs."""
     unit = container = ""
     for path in _paths(text):
-        folders = [_unescape(part) for part in path.split("/") if part]
-        at, found = _container(folders)
+        # cg_escape() of systemd puts a _ before what could be taken for a file of the kernel's.
+        folders = [part.removeprefix("_") for part in path.split("/") if part]
+        at, found = _container([_unescape(part) for part in folders])
         container = container or found
         unit = unit or _unit(folders, at, found)
     return Place(unit, container)
@@ -68,8 +69,7 @@ def _paths(text: str) -> Iterator[str]:
 
 
 def _unescape(part: str) -> str:
-    """Undo systemd's escapes: cg_escape() puts a _ first, unit names have \\x2d for a hyphen."""
-    part = part[1:] if part.startswith("_") else part
+    """Undo systemd's escapes of what a unit is named after, such as \\x2d for a hyphen."""
     return _ESCAPED.sub(
         lambda found: bytes.fromhex(found[0].replace(r"\x", "")).decode(errors="replace"), part
     )

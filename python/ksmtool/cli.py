@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -269,7 +270,7 @@ def status(by: str, sort: str, limit: int | None, as_json: bool) -> None:
     rows = usage.rows(machine.processes, by, sort, limit or 20)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # for a pipe, nothing is cut off
+        console = Console(width=10_000)  # for a pipe, nothing is cut off
     for label, text in overview.lines(machine, pace):
         click.echo(f"{label + ':':12}{text}")
     if machine.available:
@@ -286,7 +287,7 @@ _WATCHED_SECONDS = 1.0
 @click.option("--sort", type=click.Choice(_SORTS), default="saved", show_default=True)
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(min=0.1, max=86_400),
     default=2.0,
     show_default=True,
     metavar="SECONDS",
@@ -339,7 +340,8 @@ def doctor(as_json: bool, subject: tuple[str, ...]) -> None:
 
 
 def _is_pid(word: str) -> bool:
-    return word.isascii() and word.isdigit() and int(word) > 0
+    # int() takes no thousands of digits.
+    return word.isascii() and word.isdigit() and len(word) < 20 and int(word) > 0
 
 
 @cli.command()
@@ -435,6 +437,7 @@ def estimate(
     from ksmtool import estimate as estimates  # noqa: PLC0415
     from ksmtool import estimate_report as report  # noqa: PLC0415
     from ksmtool import policy as policies  # noqa: PLC0415
+    from ksmtool import process  # noqa: PLC0415
 
     if (app is not None) + every + bool(pids) != 1:
         raise click.UsageError("Either PIDs, or --app NAME, or --all.")
@@ -444,6 +447,8 @@ def estimate(
     if every:
         rules = replace(policies.load(), off=False)
         wanted = estimates.everything()
+        if process.hides():
+            click.echo("Warning: /proc hides the processes of others (hidepid).", err=True)
     else:
         wanted = estimates.named(pids) if app is None else estimates.of_program(app)
     with _progress() as say:
@@ -531,6 +536,9 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
         if logins and choice.method != machine.SYSTEMD:
             raise click.UsageError("--logins is about the method systemd.")
         click.echo(f"Method: {choice.method} ({choice.why}).")
+        entry = ""
+        if choice.method == machine.PRELOAD:  # where that cannot be, nothing else matters
+            entry = ldpreload.entry_for(machine.library(kernel))
         for problem in ldpreload.problems():
             click.echo(f"note: {problem}", err=True)
         company = consent.company()
@@ -540,16 +548,15 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
                 "that of everything else.",
                 "If all of them are your own, use --force.",
             )
-        if choice.method == machine.PRELOAD:
-            _enable_by_preload(machine.library(kernel), company, dry_run, yes)
+        if entry:
+            _enable_by_preload(entry, company, dry_run, yes)
         else:
             _enable_by_systemd(logins, company, dry_run, yes)
 
 
-def _enable_by_preload(library: str, company: Company, dry_run: bool, yes: bool) -> None:
+def _enable_by_preload(entry: str, company: Company, dry_run: bool, yes: bool) -> None:
     from ksmtool import ldpreload, machine  # noqa: PLC0415
 
-    entry = ldpreload.entry_for(library)
     tried = machine.rehearse(entry)
     click.echo(f"Tried in a mount namespace: programs start and print the same with {entry}.")
     candidate = ldpreload.candidate(entry)
@@ -876,6 +883,8 @@ def main() -> None:
     """Run the command line and exit; the one place where errors become words and a status."""
     if sys.stdout is None:  # closed by whoever started us; click would fail at its first word
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name is whatever bytes somebody likes
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = cli.main(standalone_mode=False)
     except KsmtoolError as error:

@@ -6,13 +6,14 @@ One function for each question, all of them in QUESTIONS; docs/doctor.md has the
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ksmtool import usage
-from ksmtool.examine import Checkup, Subject, shell_words
+from ksmtool import policy, usage
+from ksmtool.examine import Checkup, Subject, quoted
+from ksmtool.facts import ProcessFacts
 from ksmtool.kernel import PAGE_SIZE, RECORD_BYTES
 from ksmtool.machine import PRELOAD
 from ksmtool.overview import duration, mb
@@ -21,6 +22,9 @@ SLOW_PASS_SECONDS = 3600.0
 SOON_PASSES = 3
 """A page is merged the second time that it is looked at: before that many passes, nothing is said
 of what merging came to."""
+LOOKED_AT = 0.9
+"""The part of opted-in memory of which ksmd has to have records for that: passes are counted from
+the boot on, also those before anything was opted in."""
 LEAST_LOSS = 1_000_000
 """Bytes by which something has to be at a loss for that to be said."""
 CROWDED = 0.8
@@ -29,16 +33,21 @@ LITTLE = 0.1
 """The part of memory under which a kind is not worth a word, and a comparison neither."""
 LEAST_MEMORY = 1_000_000
 """Bytes of a kind of memory under which nothing is said of it."""
+LEAST_PROGRAM = 10_000_000
+"""Bytes of a process under which it is not said to be nothing for KSM."""
 
 PROBLEM, NOTE = "problem", "note"
+ENABLE = "sudo ksmtool kernel-enable"
 
 
 class Answer(NamedTuple):
     """What a question finds."""
 
     sentence: str
-    fix: str = ""
+    fixes: tuple[str, ...] = ()
     evidence: Mapping[str, float | str] = {}
+    severity: str = ""
+    """If it is another than the question's."""
 
 
 Ask = Callable[[Checkup], Iterable[Answer]]
@@ -64,14 +73,20 @@ class Finding:
     sentence: str
     evidence: Mapping[str, float | str] = field(default_factory=dict)
     """The numbers behind it, sizes in bytes."""
-    fix: str = ""
-    """Commands that put it right, one a line, any of them; "" if there is none."""
+    fixes: tuple[str, ...] = ()
+    """Commands of which each puts it right by itself; what else is to be done is behind a #."""
 
 
 def diagnose(checkup: Checkup) -> list[Finding]:
     """Return all findings: problems first, otherwise in the order of QUESTIONS."""
     found = [
-        Finding(one.id, one.severity, answer.sentence, answer.evidence, answer.fix)
+        Finding(
+            one.id,
+            answer.severity or one.severity,
+            answer.sentence,
+            answer.evidence,
+            tuple(fix for fix in answer.fixes if fix),
+        )
         for one in QUESTIONS
         for answer in one.ask(checkup)
     ]
@@ -119,7 +134,7 @@ def _ksm_missing(checkup: Checkup) -> Iterator[Answer]:
     advice = f" {checkup.no_ksm}" if checkup.no_ksm else ""
     yield Answer(
         f"This kernel has no KSM: it was built without CONFIG_KSM, or /sys is not mounted.{advice}",
-        "grep CONFIG_KSM= /boot/config-$(uname -r)   # a kernel with CONFIG_KSM=y is what it takes",
+        ("grep CONFIG_KSM= /boot/config-$(uname -r)   # it takes a kernel with CONFIG_KSM=y",),
     )
 
 
@@ -130,37 +145,29 @@ def _ksm_off(checkup: Checkup) -> Iterator[Answer]:
     if machine.setup.container:
         yield Answer(
             "KSM is off, so nothing is merged; this is a container, and KSM is the host's to set.",
-            "sudo ksmtool kernel-enable   # on the host",
+            ("sudo ksmtool kernel-enable   # on the host",),
         )
     elif machine.setup.state is not None:
         yield Answer(
             "KSM is off, so nothing is merged: something has switched it off since ksmtool "
             "kernel-enable.",
-            "sudo ksmtool kernel-enable",
+            (ENABLE,),
         )
     else:
-        yield Answer("KSM is off, so nothing is merged.", "sudo ksmtool kernel-enable")
+        yield Answer("KSM is off, so nothing is merged.", (ENABLE,))
 
 
 def _other_manager(checkup: Checkup) -> Iterator[Answer]:
     for owner in checkup.machine.setup.others:
         if owner.conflict:
-            again = {"and this command again": "then sudo ksmtool kernel-enable"}
-            ways = [_replaced(way, again) for way in owner.choices]
-            yield Answer(f"{owner.name} has KSM: it {owner.does}.", "\n".join(ways))
-
-
-def _replaced(text: str, words: Mapping[str, str]) -> str:
-    for old, new in words.items():
-        text = text.replace(old, new)
-    return text
+            yield Answer(f"{owner.name} has KSM: it {owner.does}.", owner.choices)
 
 
 def _state_damaged(checkup: Checkup) -> Iterator[Answer]:
     if checkup.machine.setup.problem:
         yield Answer(
             checkup.machine.setup.problem,
-            "sudo ksmtool kernel-disable && sudo ksmtool kernel-enable",
+            ("sudo ksmtool kernel-disable && sudo ksmtool kernel-enable",),
         )
 
 
@@ -172,7 +179,7 @@ def _settings_drift(checkup: Checkup) -> Iterator[Answer]:
         said = ", ".join(f"{one.name} is {one.old}, not {one.new}" for one in changes)
         yield Answer(
             f"KSM is not set as ksmtool kernel-enable set it (profile {state.profile}): {said}.",
-            "sudo ksmtool kernel-enable",
+            (ENABLE,),
             {change.name: change.old for change in changes},
         )
 
@@ -184,10 +191,10 @@ def _not_kept(checkup: Checkup) -> Iterator[Answer]:
     if setup.state is not None:
         yield Answer(
             "Nothing sets KSM at the next boot: what ksmtool kernel-enable wrote for that is gone.",
-            "sudo ksmtool kernel-enable",
+            (ENABLE,),
         )
     elif not setup.others:
-        yield Answer("KSM is on until the next boot only.", "sudo ksmtool kernel-enable")
+        yield Answer("KSM is on until the next boot only.", (ENABLE,))
 
 
 _FASTER = {"gentle": "balanced", "balanced": "fast", "fast": "fast --cpu 100"}
@@ -203,10 +210,10 @@ def _slow_scan(checkup: Checkup) -> Iterator[Answer]:
     yield Answer(
         f"A pass over all opted-in memory takes about {duration(seconds)}, and merging takes two "
         "at least.",
-        "" if machine.setup.container else f"sudo ksmtool kernel-enable --profile {faster}",
+        () if machine.setup.container else (f"{ENABLE} --profile {faster}",),
         {
             "pass_seconds": seconds,
-            "records": machine.counters.records,
+            "pages": _pages(checkup),
             "pages_to_scan": int(machine.settings.get("pages_to_scan", 0)),
             "sleep_millisecs": int(machine.settings.get("sleep_millisecs", 0)),
         },
@@ -214,13 +221,46 @@ def _slow_scan(checkup: Checkup) -> Iterator[Answer]:
 
 
 def pass_seconds(checkup: Checkup) -> float | None:
-    """Return what a pass takes: as measured, or by the settings if ksmd rested all the while."""
-    machine = checkup.machine
-    if checkup.pace.pass_seconds is not None or not machine.merging:
-        return checkup.pace.pass_seconds
+    """Return what a pass takes: as measured, or by the settings if ksmd rested all the while.
+
+    In the first pass records grow as fast as ksmd looks: then the memory that it has before it says
+    more. Once a pass takes less than it was watched for, it is known.
+    """
+    machine, measured = checkup.machine, checkup.pace.pass_seconds
+    if not machine.merging:
+        return measured
+    pages = _pages(checkup)
+    if measured is not None:
+        known = measured < checkup.pace.seconds or not machine.counters.records
+        return measured if known else measured * pages / machine.counters.records
     rate = int(machine.settings.get("pages_to_scan", 0))
     rest = int(machine.settings.get("sleep_millisecs", 0)) / 1000
-    return machine.counters.records / rate * rest if rate and machine.counters.records else None
+    return pages / rate * rest if rate and pages else None
+
+
+def _pages(checkup: Checkup) -> int:
+    """Return what ksmd has to look at in a pass, about."""
+    return max(checkup.machine.counters.records, _opted_in_pages(checkup))
+
+
+def _opted_in_pages(checkup: Checkup) -> int:
+    opted_in = (one.memory for one in checkup.machine.processes if one.memory.opted_in)
+    return sum(memory.anonymous for memory in opted_in) // PAGE_SIZE
+
+
+def _settled(checkup: Checkup) -> bool:
+    """Whether ksmd has been over what is opted in often enough for a word on what came of it."""
+    machine = checkup.machine
+    if not machine.merging or machine.counters.full_scans < SOON_PASSES:
+        return False
+    return machine.counters.records >= LOOKED_AT * _opted_in_pages(checkup)
+
+
+def _looked_at(processes: Iterable[ProcessFacts]) -> bool:
+    """Whether ksmd has records of nearly all that these processes have, merged zeros aside."""
+    memory = [one.memory for one in processes]
+    records = sum(one.rmap_items - one.zero_pages for one in memory)
+    return records * PAGE_SIZE >= LOOKED_AT * sum(one.anonymous for one in memory)
 
 
 def _nothing_opted_in(checkup: Checkup) -> Iterator[Answer]:
@@ -230,11 +270,11 @@ def _nothing_opted_in(checkup: Checkup) -> Iterator[Answer]:
     # Those that may not be looked at can be opted in, too; ksmd's records are of all.
     if machine.opted_in or machine.counters.records:
         return
-    if machine.unreadable and not machine.merging:
+    if (machine.unreadable or machine.hidden) and not machine.merging:
         return
     yield Answer(
         "No process is opted in, so there is nothing to merge.",
-        "ksmtool wrap -- CMD   # one program\nsudo ksmtool global-enable   # all that start",
+        ("ksmtool wrap -- CMD   # one program", "sudo ksmtool global-enable   # all that start"),
         {"processes": len(machine.processes)},
     )
 
@@ -242,59 +282,75 @@ def _nothing_opted_in(checkup: Checkup) -> Iterator[Answer]:
 def _nothing_merged(checkup: Checkup) -> Iterator[Answer]:
     machine = checkup.machine
     counters = machine.counters
-    if counters.records and not counters.merged and counters.full_scans >= SOON_PASSES:
+    if counters.records and not counters.merged and _settled(checkup):
         yield Answer(
             f"Nothing is merged after {counters.full_scans} passes over {counters.records} pages: "
             "what is opted in has no equal pages.",
-            "sudo ksmtool estimate --all",
+            ("sudo ksmtool estimate --all",),
             {"full_scans": counters.full_scans, "records": counters.records},
         )
 
 
 def _machine_loss(checkup: Checkup) -> Iterator[Answer]:
     machine = checkup.machine
-    if machine.profit <= -LEAST_LOSS and machine.counters.full_scans >= SOON_PASSES:
+    if machine.profit <= -LEAST_LOSS and _settled(checkup):
         yield Answer(
             f"KSM takes more memory than it gives: {mb(machine.saved)} MB are saved, and ksmd's "
             f"records take {mb(machine.saved - machine.profit)} MB.",
-            "sudo ksmtool status --by app --sort profit   # leave out those with a loss",
+            ("sudo ksmtool status --by app --sort profit   # leave out those with a loss",),
             {"saved": machine.saved, "profit": machine.profit},
         )
 
 
 def _program_loss(checkup: Checkup) -> Iterator[Answer]:
     machine = checkup.machine
-    if checkup.subject is not None or machine.counters.full_scans < SOON_PASSES:
+    if checkup.subject is not None or not _settled(checkup):
         return
     for row in usage.rows(machine.processes, "app", "profit"):
-        if row.profit is not None and row.profit <= -LEAST_LOSS:
+        members = [one for one in machine.processes if usage.BY["app"](one) == row.name]
+        if row.profit is not None and row.profit <= -LEAST_LOSS and _looked_at(members):
             yield Answer(
                 f"{row.name} saves {mb(row.saved or 0)} MB, less than ksmd's records of it take.",
-                _add_rule(f"deny {row.name}"),
+                _decide("deny", row.name, replace(checkup.rules, off=False).verdict(row.name)),
                 {"saved": row.saved or 0, "profit": row.profit, "processes": row.processes},
             )
 
 
-def _add_rule(rule: str) -> str:
+def _decide(word: str, path: str, verdict: policy.Verdict) -> tuple[str, ...]:
+    """Return what makes the policy deny or allow a program of which it now has this verdict."""
+    if verdict.allowed == (word == "allow"):
+        return ()
+    if not verdict.allowed and not verdict.rule:
+        return ("ksmtool policy check",)  # a file cannot be read
+    # The first rule that matches counts: one that is added behind it would do nothing.
+    if verdict.file not in ("", policy.DEFAULTS) and not verdict.rule.startswith("default "):
+        return (f"sudoedit {quoted(verdict.file)}   # line {verdict.line}",)
+    if not path.startswith("/") or not path.isprintable() or path != path.strip():
+        return ()
     folder = "/etc/ksm-preload/policy.d"
-    return f"sudo mkdir -p {folder}; echo {shlex.quote(rule)} | sudo tee -a {folder}/local.conf"
+    # As themselves: in a pattern they stand for others.
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", path)
+    rule = quoted(f"{word} {pattern}")
+    return (f"sudo mkdir -p {folder}; echo {rule} | sudo tee -a {folder}/local.conf",)
 
 
 def _preload_file(checkup: Checkup) -> Iterator[Answer]:
     for sentence in checkup.preload:
         ours = "libksm_preload" in sentence
-        missing = "is missing" in sentence
+        missing = "every program prints" in sentence
         fix = "sudo ksmtool global-disable" if ours and missing else "sudoedit /etc/ld.so.preload"
         if "readable by root only" in sentence:
             fix = "sudo chmod 644 /etc/ld.so.preload"
-        yield Answer(sentence, fix)
+        elif "no regular file" in sentence:
+            fix = "sudo mv /etc/ld.so.preload /etc/ld.so.preload.old"
+        yield Answer(sentence, (fix,))
 
 
 def _kill_switch(checkup: Checkup) -> Iterator[Answer]:
     if checkup.rules.off:
         yield Answer(
             f"{checkup.rules.kill_switch} is there, so no program that starts is opted in.",
-            f"sudo rm {checkup.rules.kill_switch}",
+            (f"sudo rm {checkup.rules.kill_switch}",),
         )
 
 
@@ -304,7 +360,7 @@ def _policy_files(checkup: Checkup) -> Iterator[Answer]:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         yield Answer(
             f"The policy has a mistake: {wrong[0]}{more}",
-            "ksmtool policy check",
+            ("ksmtool policy check",),
             {"mistakes": len(wrong)},
         )
 
@@ -320,7 +376,10 @@ def _crowded_mappings(checkup: Checkup) -> Iterator[Answer]:
         yield Answer(
             f"{name} ({pid}) has {count} mappings of the {most} that the kernel allows; with all "
             "of them used, mmap fails there.",
-            f"sudo sysctl vm.max_map_count={2 * most}",
+            (
+                f"sudo sysctl vm.max_map_count={2 * most}   # until the next boot; a line in "
+                "/etc/sysctl.d keeps it",
+            ),
             {"pid": pid, "mappings": count, "max_map_count": most},
         )
 
@@ -346,9 +405,28 @@ def _flag_suffices(checkup: Checkup) -> bool:
     return checkup.kernel is not None and checkup.kernel.prctl and checkup.kernel.inherit
 
 
-def _by_wrap(checkup: Checkup, subject: Subject) -> str:
-    """Return the command that opts in what takes no library, "" where there is none."""
-    return f"ksmtool wrap -- {shell_words(subject)}" if _flag_suffices(checkup) else ""
+def _by_wrap(checkup: Checkup, subject: Subject) -> tuple[str, ...]:
+    """Return what opts in what takes no library."""
+    return _wrapped(subject) if _flag_suffices(checkup) else ()
+
+
+def _service(subject: Subject) -> str:
+    """Return the service that can be started anew for it, "" for none: not a whole session."""
+    unit = subject.facts.unit if subject.facts else ""
+    whole = unit.startswith("user@") or not unit.endswith(".service") or not unit.isprintable()
+    return "" if whole else quoted(unit)
+
+
+def _edited(unit: str, how: str) -> str:
+    return f"sudo systemctl edit {unit}   # [Service] {how}; then restart it"
+
+
+def _wrapped(subject: Subject) -> tuple[str, ...]:
+    """Return how to start it anew so that it is opted in: by systemd what systemd has started."""
+    unit = _service(subject)
+    if unit:
+        return (_edited(unit, "ExecStart= alone, then ExecStart=ksm-wrapper and its command"),)
+    return (f"ksmtool wrap -- {subject.again}",)
 
 
 def _obstructed(checkup: Checkup) -> Subject | None:
@@ -368,7 +446,7 @@ def _left_out(checkup: Checkup) -> Iterator[Answer]:
         yield Answer(
             f"{_called(subject)} is left out by the policy: {subject.verdict.why}. That is right "
             "for all that keeps secrets.",
-            "" if subject.privileged else _add_rule(f"allow {subject.path}"),
+            () if subject.privileged else _decide("allow", subject.path, subject.verdict),
         )
 
 
@@ -377,7 +455,11 @@ def _off_by_environment(checkup: Checkup) -> Iterator[Answer]:
     if subject is not None and subject.off:
         yield Answer(
             f"KSM_PRELOAD=off in its environment leaves {_called(subject)} out.",
-            f"env -u KSM_PRELOAD ksmtool wrap -- {shell_words(subject)}",
+            (
+                _edited(unit, "UnsetEnvironment=KSM_PRELOAD")
+                if (unit := _service(subject))
+                else f"env -u KSM_PRELOAD ksmtool wrap -- {subject.again}",
+            ),
         )
 
 
@@ -421,10 +503,9 @@ def _musl(checkup: Checkup) -> Iterator[Answer]:
     why = "the library for this kernel is linked to glibc"
     if checkup.kernel is None or checkup.kernel.prctl:
         why = "musl's loader does not read /etc/ld.so.preload"
-    fix = f"ksmtool wrap -- {shell_words(subject)}"
     yield Answer(
         f"{_called(subject)} is linked to musl: {why}.",
-        fix if checkup.kernel is None or checkup.kernel.prctl else "",
+        _wrapped(subject) if checkup.kernel is None or checkup.kernel.prctl else (),
     )
 
 
@@ -435,19 +516,6 @@ def _sanitizer(checkup: Checkup) -> Iterator[Answer]:
         yield Answer(
             _without_library(checkup, subject, f"is linked to {final.sanitizer}"),
             _by_wrap(checkup, subject),
-        )
-
-
-def _started_before(checkup: Checkup) -> Iterator[Answer]:
-    subject = _out(checkup)
-    if subject is not None and subject.before and not subject.loaded:
-        unit = subject.facts.unit if subject.facts else ""
-        service = unit.endswith(".service")
-        yield Answer(
-            f"{_called(subject)} was started before {subject.before} was written.",
-            f"sudo systemctl restart {unit}"
-            if service
-            else f"ksmtool wrap -- {shell_words(subject)}",
         )
 
 
@@ -471,7 +539,7 @@ def _containered(checkup: Checkup) -> Iterator[Answer]:
         yield Answer(
             f"{_called(subject)} runs in a container ({subject.container}), which has its own "
             "/etc/ld.so.preload: nothing of the host opts it in.",
-            f"ksm-wrapper {shell_words(subject)}   # in the container, as its entry point",
+            (f"ksm-wrapper {subject.again}   # in the container, as its entry point",),
         )
 
 
@@ -484,7 +552,7 @@ def _flag_lost(checkup: Checkup) -> Iterator[Answer]:
         yield Answer(
             f"What started {_called(subject)} is opted in, but this kernel drops the flag at exec "
             "(Linux 6.7 keeps it).",
-            f"ksmtool wrap -- {shell_words(subject)}",
+            _wrapped(subject),
         )
 
 
@@ -496,31 +564,54 @@ _REASONS: tuple[Ask, ...] = (
     _architecture,
     _musl,
     _sanitizer,
-    _started_before,
     _confined,
     _containered,
     _flag_lost,
 )
 
 
-def _not_opted_in(checkup: Checkup) -> Iterator[Answer]:
+def _unexplained(checkup: Checkup) -> Subject | None:
+    """Return the process that is not opted in if none of the reasons holds."""
     subject = _out(checkup)
     if subject is None or subject.pid is None:
-        return
-    if not any(list(reason(checkup)) for reason in _REASONS):
+        return None
+    return None if any(list(reason(checkup)) for reason in _REASONS) else subject
+
+
+def _is_older(subject: Subject) -> bool:
+    return bool(subject.before) and not subject.loaded
+
+
+def _started_before(checkup: Checkup) -> Iterator[Answer]:
+    subject = _unexplained(checkup)
+    if subject is not None and _is_older(subject):
+        unit = _service(subject)
+        yield Answer(
+            f"{_called(subject)} was started before {subject.before} was written.",
+            (f"sudo systemctl restart {unit}",) if unit else _wrapped(subject),
+        )
+
+
+def _not_opted_in(checkup: Checkup) -> Iterator[Answer]:
+    subject = _unexplained(checkup)
+    if subject is not None and not _is_older(subject):
+        every = _service(subject) and not checkup.methods and not subject.loaded
         yield Answer(
             f"{_called(subject)} has our library and is not opted in: the kill switch was there "
             "when it started, or it has no mapping as large as KSMP_MERGE_THRESHOLD."
             if subject.loaded
             else f"{_called(subject)} is not opted in.",
-            f"ksmtool wrap -- {shell_words(subject)}",
+            (
+                "sudo ksmtool global-enable   # all that start; then restart it" if every else "",
+                *_wrapped(subject),
+            ),
         )
 
 
 # ---- Memory of the wrong kind --------------------------------------------------------------
 
 
-def _kind(checkup: Checkup, name: str, sentence: str, fix: str = "") -> Iterator[Answer]:
+def _kind(checkup: Checkup, name: str, sentence: str) -> Iterator[Answer]:
     """Yield an answer if this kind of memory is a part of all that is worth a word."""
     kinds = checkup.subject.kinds if checkup.subject else None
     if kinds is None:
@@ -529,7 +620,7 @@ def _kind(checkup: Checkup, name: str, sentence: str, fix: str = "") -> Iterator
     if size >= LEAST_MEMORY and size >= LITTLE * kinds.resident:
         yield Answer(
             f"{mb(size)} of {mb(kinds.resident)} MB {sentence}",
-            fix,
+            (),
             {name: size, "resident": kinds.resident},
         )
 
@@ -559,12 +650,18 @@ def _huge_pages(checkup: Checkup) -> Iterator[Answer]:
 def _never_merges(checkup: Checkup) -> Iterator[Answer]:
     subject = checkup.subject
     kinds = subject.kinds if subject else None
-    if subject is not None and kinds is not None and kinds.mergeable < LITTLE * kinds.resident:
+    if subject is None or kinds is None or subject.facts is None:
+        return
+    # What is swapped out, and zeros that were merged, are no more in RAM; they may be merged, too.
+    away = kinds.swapped + subject.facts.memory.zero_pages * PAGE_SIZE
+    mergeable, whole = kinds.mergeable + away, kinds.resident + away
+    if whole >= LEAST_PROGRAM and mergeable < LITTLE * whole:
         yield Answer(
-            f"KSM can gain hardly anything of {_called(subject)}: {mb(kinds.mergeable)} of "
-            f"{mb(kinds.resident)} MB are memory that it may merge.",
-            "",
-            {"mergeable": kinds.mergeable, "resident": kinds.resident},
+            f"KSM can gain hardly anything of {_called(subject)}: {mb(mergeable)} of "
+            f"{mb(whole)} MB are memory that it may merge.",
+            (),
+            {"mergeable": mergeable, "whole": whole},
+            NOTE if subject.facts.saved else PROBLEM,
         )
 
 
@@ -578,7 +675,7 @@ def _partly_opted_in(checkup: Checkup) -> Iterator[Answer]:
         yield Answer(
             f"{mb(kinds.marked)} of {mb(kinds.mergeable)} MB are opted in: the rest was mapped "
             "before, in small mappings, or taken out by the program.",
-            "",
+            (),
             {"marked": kinds.marked, "mergeable": kinds.mergeable},
         )
 
@@ -599,7 +696,7 @@ def _layout_differs(checkup: Checkup) -> Iterator[Answer]:
         f"{100 * found.equal_share:.0f} % of their pages are equal as they are, and in a group at "
         f"least {100 * found.group_share:.0f} % would be (what hash seeds make different is not "
         "in that: for Python and Perl much more).",
-        f"ksmtool try --arms plain,wrap,group -- {shell_words(subject)}",
+        (f"ksmtool try --arms plain,wrap,group -- {subject.again}",),
         {
             "pid": subject.twin or 0,
             "pages": found.pages,
@@ -614,11 +711,14 @@ def _process_loss(checkup: Checkup) -> Iterator[Answer]:
     one = subject.facts if subject else None
     if subject is None or one is None or one.profit is None or one.profit > -LEAST_LOSS:
         return
-    if checkup.machine.counters.full_scans >= SOON_PASSES:
+    if _settled(checkup) and _looked_at([one]):
+        unit = _service(subject)
+        # The library heeds the variable; without it, only systemd takes back what it has set.
+        how = "Environment=KSM_PRELOAD=off" if subject.loaded else "MemoryKSM=no"
         yield Answer(
             f"{_called(subject)} is merged at a loss: it saves {mb(one.saved or 0)} MB, and ksmd's "
             f"records of it take {mb(one.memory.rmap_items * RECORD_BYTES)} MB.",
-            f"KSM_PRELOAD=off {shell_words(subject)}",
+            (_edited(unit, how) if unit else f"KSM_PRELOAD=off ksm-wrapper {subject.again}",),
             {
                 "saved": one.saved or 0,
                 "profit": one.profit,
@@ -651,10 +751,10 @@ QUESTIONS = (
     Question("architecture", PROBLEM, _architecture),
     Question("musl", PROBLEM, _musl),
     Question("sanitizer", PROBLEM, _sanitizer),
-    Question("started-before", PROBLEM, _started_before),
     Question("confined", PROBLEM, _confined),
     Question("container", PROBLEM, _containered),
     Question("flag-lost", PROBLEM, _flag_lost),
+    Question("started-before", PROBLEM, _started_before),
     Question("not-opted-in", PROBLEM, _not_opted_in),
     Question("shared-memory", NOTE, _shared_memory),
     Question("hugetlb", NOTE, _hugetlb),

@@ -20,8 +20,7 @@ def lines(checkup: Checkup, findings: Sequence[Finding]) -> list[str]:
     said = [doctor.verdict(checkup, findings)]
     for one in findings:
         said += ["", f"{one.severity} {one.id}: {one.sentence}"]
-        words = ("fix:", *(["or:"] * one.fix.count("\n")))
-        said += [f"  {word:5}{fix}" for word, fix in zip(words, one.fix.split("\n")) if fix]
+        said += [f"  {'or:' if at else 'fix:':5}{fix}" for at, fix in enumerate(one.fixes)]
     said += [""] if checkup.unlooked else []
     said += [f"Not looked at: {what}" for what in checkup.unlooked]
     return [printable(line) for line in said]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from ksmtool import pages, policy
+from ksmtool import pages, policy, process
 from ksmtool.compare import Comparison, compare
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.kernel import PAGE_SIZE, RECORD_BYTES, Ksm
@@ -49,7 +49,7 @@ class Tally:
     def __init__(self, zero: int, share: float = 1.0, most: int = MOST_CONTENTS) -> None:
         """Begin with nothing; `zero` is the hash of a page of zeros."""
         self._zero = zero
-        self._bound = round(share * _ALL)
+        self._bound = max(1, round(share * _ALL))
         self._most = most
         self.contents: dict[str, Counter[int]] = defaultdict(Counter)
         """By program: hash -> page frames of that content."""
@@ -162,18 +162,29 @@ class Estimate:
 def named(pids: Iterable[int], proc: Path = PROC) -> list[int]:
     """Return the processes `pids`, each once, by the PID of its first thread.
 
-    Raises KsmtoolError if there is no such process.
+    Those that have ended are among them, and count as that. Raises KsmtoolError if all have.
     """
-    found: dict[int, None] = {}
-    for pid in pids:
-        try:
-            lines = (proc / str(pid) / "status").read_text().splitlines()
-        except ENDED:
-            lines = []
-        if not lines or not has_memory(pid, proc):
-            raise KsmtoolError(f"There is no process {pid} that has memory of its own.")
-        found[next(int(line.split()[1]) for line in lines if line.startswith("Tgid:"))] = None
-    return list(found)
+    asked = list(dict.fromkeys(pids))
+    leaders = {pid: leader(pid, proc) for pid in asked}
+    if not any(leaders.values()):
+        some = ", ".join(map(str, asked))
+        raise KsmtoolError(f"There is no process {some} that has memory of its own.")
+    return list(dict.fromkeys(leaders[pid] or pid for pid in asked))
+
+
+def leader(pid: int, proc: Path = PROC) -> int | None:
+    """Return the PID of the first thread of the process that `pid` is a thread of.
+
+    None if it has ended, or has no memory of its own.
+    """
+    try:
+        status = (proc / str(pid) / "status").read_text(errors="replace").splitlines()
+    except PermissionError:
+        return pid
+    except ENDED:
+        return None
+    found = next((int(line.split()[1]) for line in status if line.startswith("Tgid:")), pid)
+    return found if has_memory(found, proc) else None
 
 
 def of_program(name: str, proc: Path = PROC) -> list[int]:
@@ -184,7 +195,7 @@ def of_program(name: str, proc: Path = PROC) -> list[int]:
     found = []
     for pid in everything(proc):
         try:
-            names = {(proc / str(pid) / "comm").read_text().rstrip("\n")}
+            names = {os.fsdecode((proc / str(pid) / "comm").read_bytes()).rstrip("\n")}
             path = executable(pid, proc)
         except PermissionError:
             path = ""  # it counts as unreadable if it has the name by its own account
@@ -201,20 +212,16 @@ def of_program(name: str, proc: Path = PROC) -> list[int]:
 
 def everything(proc: Path = PROC) -> list[int]:
     """Return the PIDs of all processes that have memory, but for this one."""
-    pids = sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdigit())
+    pids = sorted(process.pids(proc))
     return [pid for pid in pids if pid != os.getpid() and has_memory(pid, proc)]
-
-
-_PF_KTHREAD = 0x00200000
 
 
 def has_memory(pid: int, proc: Path = PROC) -> bool:
     """Whether it is a process that runs, no thread of the kernel and no zombie."""
     try:
-        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except ENDED:
-        return False
-    return fields[0] not in "ZX" and not int(fields[6]) & _PF_KTHREAD
+        return process.identity(pid, proc) is not None
+    except PermissionError:  # it runs, and is counted as one that may not be looked at
+        return True
 
 
 def executable(pid: int, proc: Path = PROC) -> str:
@@ -424,7 +431,7 @@ class _Look:
 def _resident(pid: int, proc: Path) -> int:
     """Return the anonymous memory of a process as everybody may know it; 0 if it has ended."""
     try:
-        text = (proc / str(pid) / "status").read_text()
+        text = (proc / str(pid) / "status").read_text(errors="replace")
     except OSError:
         return 0
     for line in text.splitlines():

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ksmtool.estimate import Estimate, Pair, Program
+from ksmtool.overview import MB, mb, printable
 
 SCHEMA = 1
-MB = 1e6
 MOST_ROWS = 15
 _LEAST = MB / 20  # what is shown as 0.0 is no row
 
@@ -53,19 +53,19 @@ def sentences(found: Estimate) -> list[str]:
     net = found.saved - found.metadata
     percent = 100 * found.saved / found.frames if found.frames else 0.0
     said = [
-        f"KSM could save {_mb(found.saved)} MB ({percent:.1f} %) of the {_mb(found.frames)} MB "
+        f"KSM could save {mb(found.saved)} MB ({percent:.1f} %) of the {mb(found.frames)} MB "
         f"that {_count(found.processes, 'process', 'processes')} have in RAM and KSM may merge, "
-        f"{_mb(found.zeros)} MB of it pages of zeros.",
-        f"The kernel's records of these pages would take {_mb(found.metadata)} MB: "
-        + (f"{_mb(net)} MB are left." if net >= 0 else f"a loss of {_mb(-net)} MB."),
+        f"{mb(found.zeros)} MB of it pages of zeros.",
+        f"The kernel's records of these pages would take {mb(found.metadata)} MB: "
+        + (f"{mb(net)} MB are left." if net >= 0 else f"a loss of {mb(-net)} MB."),
     ]
     if found.anonymous > found.frames:
         said.append(
-            f"Note: {_mb(found.anonymous - found.frames)} MB are shared already, by fork or KSM."
+            f"Note: {mb(found.anonymous - found.frames)} MB are shared already, by fork or KSM."
         )
     if found.swapped:
         said.append(
-            f"Note: {_mb(found.swapped)} MB are swapped out: not read, and in no other number."
+            f"Note: {mb(found.swapped)} MB are swapped out: not read, and in no other number."
         )
     if found.share < 1:
         said.append(
@@ -85,7 +85,7 @@ def sentences(found: Estimate) -> list[str]:
     if found.ended:
         said.append(f"Note: {_count(found.ended, 'process', 'processes')} ended meanwhile.")
     said.append(
-        f"Note: {_mb(found.changing)} MB changed within {found.again:g} s: KSM does not merge "
+        f"Note: {mb(found.changing)} MB changed within {found.again:g} s: KSM does not merge "
         "that, and it is not in what is saved."
         if found.again
         else "Note: pages that a program keeps changing are not merged, but counted here; "
@@ -99,12 +99,12 @@ def _programs(programs: Sequence[Program], names: dict[str, str]) -> Table:
     for program in programs[:MOST_ROWS]:
         percent = 100 * program.saved / program.frames if program.frames else 0.0
         table.add_row(
-            Text(names[program.name]),
+            Text(printable(names[program.name])),
             str(program.processes),
-            _mb(program.frames),
-            _mb(program.saved),
+            mb(program.frames),
+            mb(program.saved),
             f"{percent:.1f}",
-            _mb(program.zeros),
+            mb(program.zeros),
         )
     rest = programs[MOST_ROWS:]
     if rest:
@@ -112,14 +112,14 @@ def _programs(programs: Sequence[Program], names: dict[str, str]) -> Table:
             f"{len(rest)} more",
             str(sum(program.processes for program in rest)),
             *(
-                _mb(sum(sizes))
+                mb(sum(sizes))
                 for sizes in (
                     [program.frames for program in rest],
                     [program.saved for program in rest],
                 )
             ),
             "",
-            _mb(sum(program.zeros for program in rest)),
+            mb(sum(program.zeros for program in rest)),
         )
     table.caption = "saved: within the program alone; MB are 10^6 bytes"
     return table
@@ -128,7 +128,8 @@ def _programs(programs: Sequence[Program], names: dict[str, str]) -> Table:
 def _pairs(pairs: Sequence[Pair], names: dict[str, str]) -> Table:
     table = _table("program", "shares with", "saved\nMB", words=2)
     for pair in pairs[:MOST_ROWS]:
-        table.add_row(Text(names[pair.one]), Text(names[pair.other]), _mb(pair.saved))
+        one, other = (Text(printable(names[path])) for path in (pair.one, pair.other))
+        table.add_row(one, other, mb(pair.saved))
     more = len(pairs) - MOST_ROWS
     table.caption = "saved: beyond what each alone saves" + (f"; {more} more pairs" * (more > 0))
     return table
@@ -145,7 +146,3 @@ def _table(*headings: str, words: int = 1) -> Table:
 
 def _count(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
-
-
-def _mb(size: float) -> str:
-    return f"{size / MB:.1f}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from ksmtool import boot, facts, families, kinds, ksmd, ldpreload, policy, proce
 from ksmtool import machine as machines
 from ksmtool.compare import Comparison, compare
 from ksmtool.errors import ExitStatus, KsmtoolError
+from ksmtool.estimate import leader
 from ksmtool.facts import MachineFacts, Pace, ProcessFacts
 from ksmtool.kernel import Ksm
 from ksmtool.kinds import Kinds
@@ -29,6 +31,8 @@ from ksmtool.wrap import Kernel, probe
 
 _ROOT = Path("/")
 _AT_SECURE = 23  # include/uapi/linux/auxvec.h
+_SLACK = 1.0
+"""Seconds: btime of /proc/stat is a whole number of them."""
 _TWINS = 3
 """How many processes of the same program are tried for a comparison: one may have ended."""
 
@@ -42,6 +46,8 @@ class Subject:
     name: str
     command: tuple[str, ...]
     """Its command line, () if that is not known."""
+    again: str
+    """That as it can be typed again; CMD if it is not what the process was started by."""
     program: Program | None
     """None if its file cannot be read."""
     path: str
@@ -136,7 +142,9 @@ def examine(
         unlooked.append("What this kernel can was not tried: it is not the one that runs.")
     if found.unreadable:
         some = "1 process" if found.unreadable == 1 else f"{found.unreadable} processes"
-        unlooked.append(f"{some} may not be looked at; root may.")
+        unlooked.append(f"{some} may not be looked at; root may look at nearly all.")
+    if found.hidden:
+        unlooked.append("/proc hides the processes of others (hidepid); root sees them.")
     subject = None
     if pid is not None:
         subject = _process(pid, found, rules, methods, root, unlooked)
@@ -173,10 +181,14 @@ def _tried(unlooked: list[str]) -> Kernel | None:
 def _preload(root: Path, unlooked: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the methods that are enabled, and what is wrong with /etc/ld.so.preload."""
     try:
-        return tuple(machines.enabled(root)), tuple(ldpreload.problems(root))
+        problems = tuple(ldpreload.problems(root))
     except (KsmtoolError, OSError) as error:
         unlooked.append(f"/{ldpreload.FILE} was not looked at: {error}")
-        return (), ()
+        problems = ()
+    try:
+        return tuple(machines.enabled(root)), problems
+    except (KsmtoolError, OSError):
+        return (), problems
 
 
 def _crowd(found: MachineFacts, root: Path) -> Crowd | None:
@@ -201,6 +213,9 @@ def _command(
     if path is None:
         raise KsmtoolError(f"There is no program {command[0]}.", "Give its path.")
     target = program.inspect(path, search)
+    obstacle = _cannot_run(target, root)
+    if obstacle:
+        raise KsmtoolError(f"{command[0]} cannot be run: {obstacle}.")
     real = os.path.realpath(target.final.path)
     if root != _ROOT:
         real = "/" + os.path.relpath(real, os.path.realpath(root))
@@ -208,12 +223,32 @@ def _command(
         pid=None,
         name=command[0],
         command=tuple(command),
+        again=" ".join(map(quoted, command)),
         program=target,
         path=real,
         verdict=replace(rules, off=False).verdict(real),
         off=environ.get("KSM_PRELOAD") == "off",
         privileged=target.final.privileged or "",
     )
+
+
+def _cannot_run(target: Program, root: Path) -> str:
+    """Return why exec would fail, as far as files say; "" if it would not."""
+    path, line = target.path, b""
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no regular file"
+        return f"{path} is {kind if os.path.exists(path) else 'missing'}"
+    if not os.access(path, os.X_OK):
+        return f"{path} is not executable"
+    if target.interpreter:
+        return _cannot_run(target.interpreter, root)
+    if target.loader and root == _ROOT and not os.path.exists(target.loader):
+        return f"its loader {target.loader} is missing"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        line = file.readline(256)
+    # With -S env takes quotes apart, which is not done here.
+    missing = line.startswith(b"#!") and b" -S" not in line
+    return f"what the first line of {path} names is missing" if missing else ""
 
 
 # ---- A process -----------------------------------------------------------------------------
@@ -232,14 +267,16 @@ def _process(
     Raises KsmtoolError if there is none, or it may not be looked at.
     """
     proc = root / "proc"
+    asked, pid = pid, leader(pid, proc) or 0
+    if not pid:
+        raise KsmtoolError(f"There is no process {asked} that has memory of its own.")
     one = next((one for one in found.processes if one.pid == pid), None)
     if one is None:
-        if process.identity(pid, proc) is None:
-            raise KsmtoolError(f"There is no process {pid} that has memory of its own.")
         # It may have been started since all were looked at, or be another user's.
-        raise KsmtoolError(
-            f"Process {pid} may not be looked at.", "Run it with sudo.", ExitStatus.NEEDS_ROOT
-        )
+        said = f"Process {pid} may not be looked at."
+        if os.geteuid() == 0:
+            raise KsmtoolError(said)
+        raise KsmtoolError(said, "Run it with sudo.", ExitStatus.NEEDS_ROOT)
     try:
         maps = (proc / str(pid) / "maps").read_text(errors="replace")
         sizes = kinds.of_process(pid, proc)
@@ -250,11 +287,15 @@ def _process(
         return None
     target = _program_of(one, proc)
     words = [os.fsdecode(word) for word in process.command_line(pid, proc)]
+    # What sets its title fills up what is left of the old one.
+    while words and not words[-1]:
+        words.pop()
     twin, comparison = _compared(one, found, proc, unlooked)
     return Subject(
         pid=pid,
         name=one.name,
-        command=tuple(words[:-1] if words[-1] == "" else words),
+        command=tuple(words),
+        again=_again(words, one.executable, root),
         program=target,
         path=one.executable,
         verdict=replace(rules, off=False).verdict(one.executable),
@@ -311,7 +352,7 @@ def _before(pid: int, methods: Sequence[str], root: Path) -> str:
         paths += [one.path for one in systemd.present(root) if one.on][:1]
     for path in paths:
         with contextlib.suppress(OSError):
-            if started is not None and (root / path).stat().st_mtime > started:
+            if started is not None and (root / path).stat().st_mtime > started + _SLACK:
                 return f"/{path}"
     return ""
 
@@ -319,7 +360,7 @@ def _before(pid: int, methods: Sequence[str], root: Path) -> str:
 def _started(pid: int, proc: Path) -> float | None:
     """Return when a process started, in seconds since 1970; None if that cannot be known."""
     try:
-        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        fields = process.stat(pid, proc)
         lines = (proc / "stat").read_text().splitlines()
         boot_time = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
     except (OSError, StopIteration):
@@ -331,7 +372,7 @@ def _confinement(one: ProcessFacts, proc: Path) -> str:
     folder = proc / str(one.pid)
     profile = ""
     with contextlib.suppress(OSError):  # EINVAL without an LSM
-        profile = (folder / "attr/current").read_text().rstrip("\0\n")
+        profile = (folder / "attr/current").read_text(errors="replace").rstrip("\0\n")
     if one.unit.startswith("snap.") or profile.startswith("snap."):
         return "a snap"
     if one.unit.startswith("app-flatpak-") or (folder / "root/.flatpak-info").exists():
@@ -375,6 +416,30 @@ def _compared(
     return None, None
 
 
-def shell_words(subject: Subject) -> str:
-    """Return its command as it can be typed; CMD if it is not known."""
-    return shlex.join(subject.command) if subject.command and subject.command[0] else "CMD"
+def _again(words: Sequence[str], executable: str, root: Path) -> str:
+    """Return the command line as it can be typed, CMD if that would not run the executable.
+
+    A process can write what it likes there, a shell of a login is called "-bash", and a path may
+    start in another folder.
+    """
+    name = words[0] if words else ""
+    path = name if name.startswith("/") else shutil.which(name) if "/" not in name else None
+    if path and path != executable:
+        path = "/" + os.path.relpath(os.path.realpath(root / path[1:]), os.path.realpath(root))
+    return " ".join(map(quoted, words)) if path and path == executable else "CMD"
+
+
+_ESCAPES = {"\n": "\\n", "\t": "\\t", "\\": "\\\\", "'": "\\'"}
+
+
+def quoted(word: str) -> str:
+    """Return a word as a shell takes it, in one line and with nothing that moves a cursor."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + "".join(map(_escaped, word)) + "'"
+
+
+def _escaped(one: str) -> str:
+    if one in _ESCAPES or one.isprintable():
+        return _ESCAPES.get(one, one)
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(one))

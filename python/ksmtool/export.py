@@ -262,15 +262,23 @@ def write(file: Path, content: bytes) -> None:
 def rows(processes: Iterable[ProcessFacts], by: str, limit: int) -> list[Row]:
     """Return at most `limit` rows, the largest profits and losses; the last stands for the rest.
 
+    So do those of which KSM has nothing: each would leave a series behind for having been there.
     Its name is REST, or that in more brackets if something is called so.
     """
     found = usage.rows(map(_labelled, processes), by)
-    found.sort(key=lambda row: abs(row.profit or row.saved or 0), reverse=True)
+    found.sort(key=lambda row: (abs(row.profit or row.saved or 0), _known(row)), reverse=True)
     names = {row.name for row in found}
     rest = REST
     while rest in names:
         rest = f"({rest})"
-    return [replace(row, name=rest) if row.rest else row for row in usage.limited(found, limit)]
+    known = sum(map(_known, found))
+    shown = usage.limited(found, min(limit, known + 1))
+    return [replace(row, name=rest) if row.rest else row for row in shown]
+
+
+def _known(row: Row) -> bool:
+    """Whether KSM has anything of it."""
+    return bool(row.opted_in or row.merged or row.profit)
 
 
 def _labelled(one: ProcessFacts) -> ProcessFacts:
@@ -280,16 +288,19 @@ def _labelled(one: ProcessFacts) -> ProcessFacts:
     """
     return replace(
         one,
-        name=_utf8(one.name),
-        executable=_utf8(one.executable),
-        unit=_utf8(one.unit),
-        container=_utf8(one.container),
-        user=_utf8(one.user),
+        name=_escaped(one.name),
+        executable=_escaped(one.executable),
+        unit=_escaped(one.unit),
+        container=_escaped(one.container),
+        user=_escaped(one.user),
     )
 
 
-def _utf8(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+def _escaped(text: str) -> str:
+    """Return it with what is no character to be shown as \\x1b, \\udcff and so on."""
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
 
 
 @dataclass(frozen=True, eq=False)  # the library keeps it in a dictionary

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from ksmtool import cgroup, ksmd, owners, process
@@ -114,6 +115,8 @@ class MachineFacts:
     """Those that we may look at, kernel threads and zombies left out."""
     unreadable: int
     """How many more there are that we may not look at."""
+    hidden: bool
+    """Whether /proc hides the processes of others, which are in no number then: hidepid=2."""
     copied: Mapping[str, int]
     """What /proc/vmstat counts of COPIES since boot, as far as this kernel does."""
 
@@ -124,13 +127,33 @@ class MachineFacts:
 
     @property
     def saved(self) -> int:
-        """Bytes of page frames that are not needed, the kernel's records not taken off."""
-        return self.counters.merged * PAGE_SIZE
+        """Bytes of page frames that are not needed, the kernel's records not taken off.
+
+        Processes that have ended stay in the kernel's count until ksmd comes by. While it is off,
+        it never does: what the processes have counts then, if all of them can be looked at.
+        """
+        return self._counted - self._ended
 
     @property
     def profit(self) -> int:
         """`saved` less the kernel's records, by its own account: general_profit."""
-        return self.counters.general_profit_bytes
+        return self.counters.general_profit_bytes - self._ended
+
+    @cached_property
+    def by_pid(self) -> Mapping[int, ProcessFacts]:
+        """Return the processes by PID."""
+        return {one.pid: one for one in self.processes}
+
+    @property
+    def _counted(self) -> int:
+        return self.counters.merged * PAGE_SIZE
+
+    @property
+    def _ended(self) -> int:
+        known = [one.saved for one in self.processes if one.saved is not None]
+        if self.merging or self.unreadable or len(known) < len(self.processes):
+            return 0
+        return max(0, self._counted - sum(known))
 
 
 def gather(root: Path = _ROOT, setup: Setup | None = None) -> MachineFacts:
@@ -157,6 +180,7 @@ def gather(root: Path = _ROOT, setup: Setup | None = None) -> MachineFacts:
         setup=setup or look_at_setup(root),
         processes=tuple(found),
         unreadable=unreadable,
+        hidden=process.hides(proc),
         copied=_copied(root),
     )
 
@@ -186,10 +210,10 @@ def sample(ksm: Ksm) -> Sample:
 def pace(before: Sample, after: Sample, machine: MachineFacts) -> Pace:
     """Return how fast ksmd was between two moments.
 
-    A pass visits each page that ksmd keeps a record of. Where passes were completed meanwhile, they
-    tell; else the pages visited meanwhile, with those that smart_scan skipped; else, before Linux
-    6.6, the settings: pages_to_scan, then a rest of sleep_millisecs, of which ksmd's CPU time says
-    how much of the whole it is.
+    A pass visits each page that ksmd keeps a record of. Where several were completed meanwhile,
+    they tell; else the pages visited meanwhile, with those that smart_scan skipped; else, before
+    Linux 6.6, the settings: pages_to_scan, then a rest of sleep_millisecs, of which ksmd's CPU time
+    says how much of the whole it is.
     """
     seconds = max(after.at - before.at, 1e-9)
     busy = None
@@ -210,7 +234,7 @@ def _pass_seconds(
         return None
     seconds = after.at - before.at
     passes = after.full_scans - before.full_scans
-    if passes > 0:
+    if passes > 1:  # the end of one alone says nothing of its length
         return seconds / passes
     if before.visited is not None and after.visited is not None:
         visited = after.visited - before.visited
@@ -312,7 +336,7 @@ class _Users(dict[int, str]):
         with contextlib.suppress(OSError):
             for line in (root / "etc/passwd").read_text(errors="replace").splitlines():
                 name, _, number = line.split(":")[:3] if line.count(":") >= 3 else ("", "", "")
-                if number.isdigit():
+                if number.isdecimal():
                     self.setdefault(int(number), name)
 
     def __missing__(self, uid: int) -> str:

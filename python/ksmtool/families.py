@@ -25,7 +25,8 @@ class Manager:
     files: tuple[str, ...] = ()
     """Globs below the root, of files of which a line names KSM's folder."""
     ways_out: tuple[str, ...] = ()
-    """Commands to choose from; {disable} and {restart} are those for its first service."""
+    """Commands to choose from, with what else is to be done behind a #; {disable} and {restart} are
+    those for its first service."""
 
     @property
     def conflict(self) -> bool:
@@ -63,12 +64,12 @@ def _ksmtuned(package: str, *ways_out: str) -> Manager:
         programs=("ksmtuned",),
         ways_out=(
             *ways_out,
-            "leave KSM to it: set KSM_THRES_COEF=95 in /etc/ksmtuned.conf, then {restart}",
+            "sudoedit /etc/ksmtuned.conf && {restart}   # KSM_THRES_COEF=95 leaves KSM to it",
         ),
     )
 
 
-_AGAIN = "{disable}   # and this command again"
+_AGAIN = "{disable}   # then sudo ksmtool kernel-enable"
 
 EVERYWHERE = (
     _ksmtuned("ksmtuned", _AGAIN),
@@ -83,7 +84,7 @@ EVERYWHERE = (
         "switches KSM by its policy every few seconds",
         services=("mom-vdsm", "momd"),
         programs=("momd", "vdsmd"),
-        ways_out=("disable KSM control in the cluster's MoM policy of oVirt",),
+        ways_out=("# disable KSM control in the cluster's MoM policy of oVirt",),
     ),
     Manager(
         "uksmd",

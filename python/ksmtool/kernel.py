@@ -265,9 +265,8 @@ class Ksm:
         for entry in (self.root / "proc").iterdir():
             try:
                 # A kernel thread has no command line; a program may call itself ksmd.
-                if (entry / "comm").read_text() == "ksmd\n" and not (
-                    entry / "cmdline"
-                ).read_bytes():
+                named = (entry / "comm").read_bytes() == b"ksmd\n"
+                if named and not (entry / "cmdline").read_bytes():
                     return _cpu_seconds(entry)
             except OSError:
                 continue

@@ -33,11 +33,11 @@ class Kinds:
     never: int = 0
     """Anonymous memory that KSM leaves alone: locked to a device, droppable, the stack."""
     shared: int = 0
-    """Shared memory and shared files: MAP_SHARED, tmpfs, System V."""
+    """Shared memory and shared files: MAP_SHARED, tmpfs, System V; not files that are only read."""
     hugetlb: int = 0
     """Huge pages of hugetlbfs, private or shared."""
     file: int = 0
-    """Private mappings of files, as far as not written to: the page cache."""
+    """Mappings of files, as far as they are not written to: the page cache."""
     swapped: int = 0
 
     @property
@@ -81,7 +81,10 @@ def _add(sums: dict[str, int], name: str, sizes: dict[bytes, int], flags: frozen
     if "ht" in flags:
         return
     if "sh" in flags or "ms" in flags:
-        sums["shared"] += rss
+        read_only = "wr" not in flags and name.startswith("/")
+        # Not /dev/zero, /dev/shm and devices; what is not in a folder has these names.
+        cached = read_only and not name.startswith(("/memfd:", "/SYSV", "/dev/"))
+        sums["file" if cached else "shared"] += rss
         return
     sums["file"] += max(0, rss - anonymous)
     if Mapping(0, 0, name, anonymous, 0, flags).may_merge:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ def content(root: Path = Path("/")) -> bytes:
 
 def problems(root: Path = Path("/")) -> list[str]:
     """Return what is wrong with the file, one sentence each. Raises KsmtoolError."""
+    if (root / FILE).is_symlink() or (root / FILE).is_dir():
+        kind = "symlink" if (root / FILE).is_symlink() else "folder"
+        return [f"/{FILE} is no regular file but a {kind}: nothing of ours goes in or out there."]
     found = entries(root)
     said = []
     ours = [entry for entry in found if entry.ours]
@@ -65,15 +69,15 @@ def problems(root: Path = Path("/")) -> list[str]:
         names = " and ".join(entry.name for entry in ours)
         said.append(f"/{FILE} loads more than one copy of ksm-preload's library: {names}.")
     for entry in found:
-        path = root / entry.name.lstrip("/")
+        fault = _fault(entry.name, root)
         if entry.in_comment:
             said.append(
                 f"The loader takes '{entry.name}' for a library though it is in a comment: behind "
                 f"the first comment it reads others as names; remove the comments of /{FILE}."
             )
-        elif entry.name.startswith("/") and "$" not in entry.name and not path.exists():
+        elif fault:
             said.append(
-                f"{entry.name} is missing: every program prints an error until it is taken out of "
+                f"{entry.name} is {fault}: every program prints an error until it is taken out of "
                 f"/{FILE}."
             )
     text = content(root)
@@ -88,6 +92,51 @@ def problems(root: Path = Path("/")) -> list[str]:
     if text and not (root / FILE).stat().st_mode & 0o004:
         said.append(f"/{FILE} is readable by root only, so only root's programs heed it.")
     return said
+
+
+def _fault(name: str, root: Path) -> str:
+    """Return why the loader cannot load what it takes for a library, "" if it can, or who knows."""
+    plain = name.replace("${LIB}", "$LIB")
+    if "$" in plain.replace("$LIB", "") or ("/" in plain and not plain.startswith("/")):
+        return ""
+    if "$LIB" in plain:
+        folders = [
+            "lib",
+            "lib64",
+            *(f"lib/{one.name}" for one in (root / "usr/lib").glob("*-linux-*")),
+        ]
+        paths = [root / plain.replace("$LIB", folder).lstrip("/") for folder in folders]
+    elif plain.startswith("/"):
+        paths = [root / plain.lstrip("/")]
+    else:
+        paths = [folder / plain for folder in _folders(root)]
+    faults = [_fault_of(path) for path in paths if os.path.exists(path)]
+    return "" if "" in faults else (faults or ["missing"])[0]
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Yield the folders in which the loader looks for bare names: ld.so(8), ld.so.conf."""
+    for folder in ("lib", "lib64", "usr/lib", "usr/lib64"):
+        yield root / folder
+        yield from (root / folder).glob("*-linux-*")
+    for file in (root / "etc/ld.so.conf", *(root / "etc/ld.so.conf.d").glob("*.conf")):
+        with contextlib.suppress(OSError):
+            for line in file.read_text(errors="replace").splitlines():
+                yield from [root / line.strip().lstrip("/")] if line.startswith("/") else ()
+
+
+def _fault_of(path: Path) -> str:
+    if not path.is_file():  # opening a FIFO would wait for a writer
+        return "no library"
+    try:
+        with path.open("rb") as file:
+            head = file.read(5)
+    except OSError:
+        return "not to be read"
+    if head[:4] != b"\x7fELF":
+        return "no library"
+    native = 2 if sys.maxsize >> 32 else 1
+    return "" if head[4:] == bytes([native]) else "for programs of another word size"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from ksmtool.facts import MachineFacts, Pace, Setup
+from ksmtool.facts import MachineFacts, Pace, ProcessFacts, Setup
 from ksmtool.kernel import PAGE_SIZE
 from ksmtool.usage import Row
 
@@ -32,13 +32,15 @@ def lines(machine: MachineFacts, pace: Pace) -> list[Line]:
         said = "not in this kernel (CONFIG_KSM), or /sys is not mounted: nothing is merged"
         return [Line("KSM", said)]
     counters = machine.counters
-    share = f" ({100 * machine.profit / machine.memory_total:.1f} % of RAM)"
+    share = ""
+    if machine.memory_total:
+        share = f" ({_short(100 * machine.profit / machine.memory_total)} % of RAM)"
     return [
         Line("KSM", _state(machine)),
         *([Line("problem", machine.setup.problem)] if machine.setup.problem else []),
         Line(
             "saved",
-            f"{mb(machine.profit)} MB{share if machine.memory_total else ''}: {mb(machine.saved)} "
+            f"{mb(machine.profit)} MB{share}: {mb(machine.saved)} "
             f"MB of pages, less {mb(machine.saved - machine.profit)} MB for ksmd's records",
         ),
         Line("zero pages", _zero_pages(machine)),
@@ -47,9 +49,9 @@ def lines(machine: MachineFacts, pace: Pace) -> list[Line]:
             f"{counters.pages_shared} shared by {counters.pages_sharing} more, "
             f"{counters.pages_unshared} unique, {counters.pages_volatile} volatile",
         ),
-        Line("ksmd", cpu(pace)),
+        Line("ksmd", _cpu(pace)),
         Line("full pass", _pass(machine, pace)),
-        Line("opted in", opted_in(machine)),
+        Line("opted in", _opted_in(machine)),
         *([Line("unreadable", _unreadable(machine))] if machine.unreadable else []),
     ]
 
@@ -57,8 +59,9 @@ def lines(machine: MachineFacts, pace: Pace) -> list[Line]:
 def _state(machine: MachineFacts) -> str:
     setup = machine.setup
     if not machine.merging:
-        stays = "; what was merged stays so" if machine.counters.merged else ""
-        return f"off{stays}{_also(setup, 'set by')}"
+        stays = "; what was merged stays so" if machine.saved else ""
+        asked = ", though ksmtool kernel-enable is in force" if setup.state else ""
+        return f"off{asked}{stays}{_also(setup, 'set by')}"
     if setup.container:
         return "on, by the host: this is a container, and KSM merges over all of them"
     if setup.state is None:
@@ -81,8 +84,7 @@ def _zero_pages(machine: MachineFacts) -> str:
     return f"{said} (use_zero_pages is 0: they merge like others)" if off else said
 
 
-def cpu(pace: Pace) -> str:
-    """Return what ksmd costs."""
+def _cpu(pace: Pace) -> str:
     if pace.cpu_percent is None:
         return "its CPU time cannot be seen here"
     return f"{pace.cpu_percent:.1f} % of a CPU, over {pace.seconds:.1f} s"
@@ -95,14 +97,13 @@ def _pass(machine: MachineFacts, pace: Pace) -> str:
     return f"takes about {duration(pace.pass_seconds)}, {done}"
 
 
-def opted_in(machine: MachineFacts) -> str:
-    """Return how many processes are."""
+def _opted_in(machine: MachineFacts) -> str:
     return f"{machine.opted_in} of {len(machine.processes)} processes"
 
 
 def _unreadable(machine: MachineFacts) -> str:
     some = "1 more process" if machine.unreadable == 1 else f"{machine.unreadable} more processes"
-    return f"{some} may not be looked at; root may"
+    return f"{some} may not be looked at; root may look at nearly all"
 
 
 def notes(machine: MachineFacts, shown: Row) -> list[str]:
@@ -115,9 +116,30 @@ def notes(machine: MachineFacts, shown: Row) -> list[str]:
         return said
     # What merged while they were looked at makes a difference, too.
     missing = machine.saved - shown.saved
-    if machine.unreadable and missing >= max(MB, machine.saved / 50):
-        said.append(f"Note: {mb(missing)} MB are saved in processes that may not be looked at.")
+    if missing >= max(MB, machine.saved / 50) and (machine.unreadable or machine.hidden):
+        ended = "" if machine.merging else ", or that have ended since ksmd is off"
+        said.append(f"Note: {mb(missing)} MB are of processes that may not be looked at{ended}.")
+    if machine.hidden:
+        said.append("Note: /proc hides the processes of others (hidepid): they are in no number.")
+    forked = sum(_is_forked(one, machine) for one in machine.processes)
+    if forked:
+        some = "1 process is" if forked == 1 else f"{forked} processes are"
+        said.append(
+            f"Note: {some} forked from one that is merged, too: what they share by that alone may "
+            "be in what is saved (docs/status.md)."
+        )
     return said
+
+
+def _is_forked(one: ProcessFacts, machine: MachineFacts) -> bool:
+    """Whether it has pages merged that its parent may have had so before it."""
+    parent = machine.by_pid.get(one.parent)
+    return (
+        one.memory.merging_pages * PAGE_SIZE >= MB
+        and parent is not None
+        and parent.executable == one.executable
+        and parent.memory.merging_pages * PAGE_SIZE >= MB
+    )
 
 
 # ---- The table -----------------------------------------------------------------------------
@@ -173,7 +195,11 @@ def printable(text: str) -> str:
 
 def mb(size: float) -> str:
     """Return bytes as MB of 10^6 bytes."""
-    return f"{size / MB:.1f}"
+    return _short(size / MB)
+
+
+def _short(number: float) -> str:
+    return f"{round(number, 1) + 0.0:.1f}"  # never -0.0
 
 
 def duration(seconds: float) -> str:

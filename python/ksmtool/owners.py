@@ -30,10 +30,13 @@ _INTERPRETER = re.compile(r"(ba|da|k|z)?sh|perl|python[0-9.]*")
 
 # How an init system is told not to start a service any more, and to start it anew.
 _COMMANDS = {
-    "systemd": ("systemctl disable --now {}.service", "systemctl restart {}.service"),
-    "openrc": ("rc-update del {0} && rc-service {0} stop", "rc-service {} restart"),
-    "runit": ("rm /var/service/{}", "sv restart {}"),
-    "sysvinit": ("update-rc.d {0} disable && service {0} stop", "service {} restart"),
+    "systemd": ("sudo systemctl disable --now {}.service", "sudo systemctl restart {}.service"),
+    "openrc": ("sudo rc-update del {0} && sudo rc-service {0} stop", "sudo rc-service {} restart"),
+    "runit": ("sudo rm /var/service/{}", "sudo sv restart {}"),
+    "sysvinit": (
+        "sudo update-rc.d {0} disable && sudo service {0} stop",
+        "sudo service {} restart",
+    ),
 }
 
 

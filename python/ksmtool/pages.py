@@ -3,6 +3,8 @@
 
 Nothing of the process is changed, and nothing is brought into memory: only what pagemap says is
 there is read, so not what is swapped out. The kernel takes that for a use of the page, no more.
+Not by process_vm_readv(2), which could read scattered pages at once: since Linux 5.19 it gives a
+process a copy of its own of each page that it shares by fork or KSM (gup_must_unshare(), mm/gup.c).
 """
 
 from __future__ import annotations

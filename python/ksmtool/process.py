@@ -172,7 +172,8 @@ class Identity:
 def identity(pid: int, proc: Path = PROC) -> Identity | None:
     """Return who `pid` is, None if it has ended, is a zombie, or a thread of the kernel.
 
-    The last two have no memory of their own, so their status has no VmRSS.
+    The last two have no memory of their own, so their status has no VmRSS. Nor has a process of
+    which the first thread has ended and others run: PermissionError, for there is no way to it.
     """
     try:
         status = _content(f"{proc}/{pid}/status")
@@ -181,6 +182,9 @@ def identity(pid: int, proc: Path = PROC) -> Identity | None:
     # Line by line, not by a pattern for the whole: that takes 60 us, more than the reading.
     resident = _field(status, b"\nVmRSS:")
     if not resident:
+        zombie = _field(status, b"\nState:").split()[:1] == [b"Z"]
+        if zombie and int(_field(status, b"\nThreads:") or 1) > 1:
+            raise PermissionError(f"the first thread of process {pid} has ended")
         return None
     return Identity(
         pid=pid,
@@ -200,6 +204,18 @@ def _field(status: bytes, start: bytes) -> bytes:
 def pids(proc: Path = PROC) -> list[int]:
     """Return the PIDs of all that runs, threads of the kernel too."""
     return [int(name) for name in os.listdir(proc) if name.isdigit()]
+
+
+_HIDEPID = re.compile(rb" / /proc .*\bhidepid=(?:2|4|invisible|ptraceable)\b")
+
+
+def hides(proc: Path = PROC) -> bool:
+    """Whether `proc` is mounted so that users see no processes but their own; root sees all."""
+    try:
+        mounts = _content(f"{proc}/self/mountinfo")
+    except OSError:
+        return False
+    return os.geteuid() != 0 and _HIDEPID.search(mounts) is not None
 
 
 def executable(pid: int, proc: Path = PROC) -> str:
@@ -231,6 +247,15 @@ def any_has(name: str, pids: Iterable[int], proc: Path = PROC) -> bool:
     return any(os.path.exists(f"{proc}/{pid}/{name}") for pid in pids)
 
 
+def stat(pid: int, proc: Path = PROC) -> list[str]:
+    """Return the fields of its stat from the state on, which is proc(5)'s number 3.
+
+    The name before it may hold any byte. Raises FileNotFoundError or ProcessLookupError once it has
+    ended.
+    """
+    return _content(f"{proc}/{pid}/stat").rpartition(b")")[2].decode().split()
+
+
 def descendants(pid: int, proc: Path = PROC, without: Iterable[int] = ()) -> list[int]:
     """Return the PIDs of all descendants of `pid`, parents before children.
 
@@ -252,19 +277,17 @@ def descendants(pid: int, proc: Path = PROC, without: Iterable[int] = ()) -> lis
 def parent_of(pid: int, proc: Path = PROC) -> int | None:
     """Return the parent's PID, None if `pid` has ended."""
     try:
-        text = (proc / str(pid) / "stat").read_text()
+        return int(stat(pid, proc)[1])
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return int(text.rpartition(")")[2].split()[1])
 
 
 def session_of(pid: int, proc: Path = PROC) -> int | None:
     """Return the session's ID, None if `pid` has ended."""
     try:
-        text = (proc / str(pid) / "stat").read_text()
+        return int(stat(pid, proc)[3])
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return int(text.rpartition(")")[2].split()[3])
 
 
 def opted_in_elsewhere(ours: Iterable[int], proc: Path = PROC) -> int:

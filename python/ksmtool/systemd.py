@@ -338,7 +338,7 @@ def _reach(target: Sequence[DropIn], root: Path) -> None:
     Killed in between, it leaves more services out than it should, and never less.
     """
     for base in (SYSTEM, USER):
-        for stale in (root / base).glob(f"*.d/{atomic.unfinished(Path(NAME))}"):
+        for stale in atomic.unfinished(root / base, NAME):
             stale.unlink()
     there = {one.path: one.on for one in present(root)}
     wanted_on = {one.path for one in target if one.on}

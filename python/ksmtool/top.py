@@ -25,7 +25,7 @@ from rich.text import Text
 from ksmtool import facts, overview, usage
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.facts import MachineFacts, Pace
-from ksmtool.kernel import Ksm, undisturbed
+from ksmtool.kernel import ENDING, Ksm, undisturbed
 
 # ---- What the keys do ----------------------------------------------------------------------
 
@@ -181,6 +181,7 @@ class Terminal:
             )
         self.ended: int | None = None
         """The signal that asks for the end."""
+        self._stopping = False
         self._in = sys.stdin.fileno()
         self._found = termios.tcgetattr(self._in)
         self._opened = contextlib.ExitStack()
@@ -192,7 +193,7 @@ class Terminal:
         signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._handlers = {
             number: signal.signal(number, self._told)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+            for number in (*ENDING, signal.SIGWINCH, signal.SIGTSTP)
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         self._take()
@@ -209,7 +210,9 @@ class Terminal:
             os.close(self._writing)
 
     def _told(self, number: int, _frame: object) -> None:
-        if number != signal.SIGWINCH:
+        if number == signal.SIGTSTP:
+            self._stopping = True
+        elif number != signal.SIGWINCH:
             self.ended = number
 
     def _take(self) -> None:
@@ -222,14 +225,21 @@ class Terminal:
 
     def _give_back(self) -> None:
         # A terminal that is gone takes nothing more.
-        with contextlib.suppress(OSError):
-            self._opened.close()
-        with contextlib.suppress(termios.error):
-            termios.tcsetattr(self._in, termios.TCSANOW, self._found)
+        try:
+            with contextlib.suppress(OSError):
+                self._opened.close()
+        finally:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(self._in, termios.TCSANOW, self._found)
 
     def _stop(self) -> None:
+        self._stopping = False
+        if signal.SIGTSTP not in self._handlers:  # whoever started us has no use for it
+            return
         self._give_back()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, self._told)
         self._take()
 
     @property
@@ -252,6 +262,8 @@ class Terminal:
         ready, _, _ = select.select([self._in, self._reading], [], [], max(0.0, seconds))
         if self._reading in ready:
             os.read(self._reading, 1 << 10)
+        if self._stopping:
+            self._stop()
         if self._in not in ready:
             return []
         typed = os.read(self._in, 1 << 10)
@@ -263,6 +275,12 @@ class Terminal:
         return pressed
 
 
+_SHORTEST = 0.1
+"""Seconds for which ksmd has to be watched for its share of a CPU to mean something."""
+_SETUP_SECONDS = 10.0
+"""How long who set KSM is taken for known: to look for it takes many files."""
+
+
 def run(interval: float, view: View) -> None:
     """Show it until somebody has seen enough: q or Ctrl-C.
 
@@ -272,14 +290,21 @@ def run(interval: float, view: View) -> None:
     with Terminal() as terminal:
         before = facts.sample(Ksm())
         machine = facts.gather()
+        looked = before.at
         while True:
             pace = facts.pace(before, machine.sample, machine)
-            history.add(machine, pace)
+            shown_for = interval
+            if pace.seconds >= _SHORTEST:
+                history.add(machine, pace)
+            else:  # the first one, which knows nothing of ksmd yet
+                shown_for = min(interval, 5 * _SHORTEST)
             before = machine.sample
-            view = _show(terminal, machine, pace, history, view, before.at + interval)
+            view = _show(terminal, machine, pace, history, view, before.at + shown_for)
             if view.left or terminal.ended is not None:
                 break
-            machine = facts.gather(setup=machine.setup)
+            known = machine.setup if before.at < looked + _SETUP_SECONDS else None
+            looked = looked if known else before.at
+            machine = facts.gather(setup=known)
     if terminal.ended not in (None, signal.SIGINT):
         raise KeyboardInterrupt
 

@@ -186,7 +186,11 @@ def emulate(
     console = console_of(report)
     for output in (report, console):
         output.touch()
-    common = "-accel tcg -cpu max -smp 1 -m 2G -nodefaults -no-reboot -display none"
+    # mem-merge: else QEMU opts in the guest's memory to the host's KSM, which other tests measure.
+    common = (
+        "-accel tcg -cpu max -smp 1 -m 2G -machine mem-merge=off -nodefaults -no-reboot"
+        " -display none"
+    )
     own_options = [part.format(report=report) for part in architecture.options.split()]
     append = f"console={architecture.console} quiet panic=-1 {append}"
     command: list[object] = [need_command(architecture.emulator), "-serial", f"file:{console}"]
