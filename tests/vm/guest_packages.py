@@ -73,6 +73,11 @@ def described(path: str) -> str:
     return f"{status.st_mode:o} {status.st_uid}:{status.st_gid} {content}"
 
 
+def settings() -> dict[str, str]:
+    """Return how KSM is set, as the kernel says it."""
+    return {file.name: file.read_text() for file in KSM.iterdir() if file.stat().st_mode & 0o200}
+
+
 def ours() -> dict[str, str]:
     """Return the files that a command of ours has written, as they are."""
     unit = Path("/etc/systemd/system", boot.KSM_UNIT)
@@ -91,6 +96,16 @@ def install_all(which: str) -> None:
     apt("install", *map(str, sorted((DEBS / which).glob("*.deb"))))
 
 
+def problems() -> set[str]:
+    """Return what the doctor calls a problem."""
+    said = say("ksmtool", "doctor", "--json")
+    told = json.loads(said.stdout)
+    assert told["schema"] == 1
+    found = {one["id"] for one in told["findings"] if one["severity"] == "problem"}
+    assert (said.returncode, told["healthy"]) == ((1, False) if found else (0, True))
+    return found
+
+
 def probe_is_opted_in() -> bool:
     """Return whether the service is that has nothing to do with us, once it is started again."""
     output("systemctl", "restart", boot.PROBE)
@@ -103,7 +118,7 @@ def probe_is_opted_in() -> bool:
 def before() -> None:
     """Note what is there, to compare with it at the end."""
     boot.untouched()
-    BEFORE.write_text(json.dumps(files()))
+    BEFORE.write_text(json.dumps({"files": files(), "settings": settings()}))
 
 
 def install() -> None:
@@ -120,11 +135,13 @@ def install() -> None:
 
 
 def doctor() -> None:
-    """It finds that KSM is off, or that all is well."""
-    said = say("ksmtool", "doctor", "--json")
-    told = json.loads(said.stdout)
-    assert told["schema"] == 1
-    assert told["healthy"] == (said.returncode == 0) == boot.kernel()["merging"], told["verdict"]
+    """It finds what is to be done."""
+    assert problems() == {"ksm-off", "nothing-opted-in"}
+
+
+def healthy() -> None:
+    """Now that it is done, the doctor finds nothing."""
+    assert problems() == set()
 
 
 def switched_on() -> None:
@@ -179,15 +196,14 @@ def remove() -> None:
     """All is switched off, but for what runs."""
     apt("remove", *PACKAGES)
     assert ours().keys() == {str(RULES)}
-    settings = json.loads(boot.KSM_BEFORE.read_text())
-    assert {name: (KSM / name).read_text().strip() for name in settings} == settings
+    assert settings() == json.loads(BEFORE.read_text())["settings"]
     assert not probe_is_opted_in()
 
 
 def removed() -> None:
     """As Debian is, but for the administrator's rules."""
     boot.untouched()
-    assert (KSM / "run").read_text() == "0\n"
+    assert settings() == json.loads(BEFORE.read_text())["settings"]
     assert ours().keys() == {str(RULES)}
 
 
@@ -196,7 +212,7 @@ def purge() -> None:
     # Of the library nothing is left to purge, and apt may not know it any more.
     apt("purge", "ksm-preload")
     boot.KSM_BEFORE.unlink()
-    was, now = json.loads(BEFORE.read_text()), files()
+    was, now = json.loads(BEFORE.read_text())["files"], files()
     different = [
         f"{name}: {was.get(name)} -> {now.get(name)}"
         for name in sorted(was.keys() | now.keys())
@@ -213,6 +229,7 @@ DO: tuple[Callable[[], None], ...] = (
     before,
     install,
     doctor,
+    healthy,
     boot.kernel_enable,
     boot.enable,
     switched_on,
