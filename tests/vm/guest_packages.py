@@ -87,7 +87,7 @@ def ours() -> dict[str, str]:
 
 def apt(*arguments: str) -> None:
     """Run apt, which has to succeed; nothing that it starts misses a library."""
-    done = say("apt-get", "--yes", *arguments)
+    done = say("apt-get", "--yes", "--quiet", "-o", "Dpkg::Use-Pty=0", *arguments)
     assert done.returncode == 0, f"status {done.returncode}"
     assert "ERROR: ld.so" not in done.stdout + done.stderr
 
@@ -168,8 +168,8 @@ def savings() -> None:
     first = memory()
     wait_until(lambda: memory().pss_anon <= (1 - SAVED) * first.anonymous, "memory is saved")
     total = memory()
-    used = total.pss_anon / first.anonymous
-    print(f"anonymous: {first.anonymous}, used: {total.pss_anon}, saved: {1 - used:.1%}")
+    had, used = (size / 2**20 for size in (first.anonymous, total.pss_anon))
+    print(f"{len(pids)} services in a group had {had:.0f} MB for themselves, now {used:.0f} MB")
 
     told = json.loads(output("ksmtool", "status", "--json", "--by", "app"))
     rows = [row for row in told["rows"] if "python3" in row["name"]]

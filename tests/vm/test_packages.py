@@ -561,6 +561,15 @@ def booted(
 
 @slow
 @pytest.mark.parametrize(("suite", "name"), BOOTED, ids=[": ".join(step) for step in BOOTED])
-def test_booted(suite: str, name: str, booted: dict[str, Future[dict[str, Boot]]]) -> None:
+def test_booted(
+    suite: str,
+    name: str,
+    booted: dict[str, Future[dict[str, Boot]]],
+    measured: Callable[[str], None],
+) -> None:
     (step,) = (one for one in PLAN if one.name == name)
-    boots.check(step, booted[suite].result())
+    done = booted[suite].result()
+    boots.check(step, done)
+    measured(f"{suite}, {name}: {done[name].seconds:.0f} s")
+    for line in re.findall(r"^\d+ services in a group .*$", done[name].report, re.MULTILINE):
+        measured(f"{suite}, {name}: {line}")
