@@ -8,13 +8,19 @@ import re
 import stat
 import tarfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import pytest
+
 import disk
 import machine
+from conftest import HERE
+
+MACHINES = HERE / "vm"
+UNITS = "etc/systemd/system"
 
 # What a kernel of Debian has as modules of what it needs to mount the disk, in the order they need
 # each other, and of what is loaded on demand elsewhere: there are none on the disk. Those that a
@@ -65,6 +71,27 @@ class Boot:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One boot of a disk, on which the steps before have left their traces."""
+
+    name: str
+    do: str
+    """What the runner does, in this order."""
+    method: str = "ld.so.preload"
+    """How it is enabled."""
+    append: str = ""
+    end: str = "status 0"
+    console: str = ""
+    """What is said on the console, as a pattern."""
+
+    @property
+    def words(self) -> str:
+        """Return what is added to the kernel's command line."""
+        words = (f"ksm_test.do={self.do.replace(' ', ',')}", f"ksm_test.method={self.method}")
+        return " ".join((*words, self.append))
+
+
+@dataclass(frozen=True)
 class System:
     """A disk, and what boots it."""
 
@@ -100,6 +127,46 @@ def system(suite: str, folder: Path, first: Path, files: Iterable[tuple[str, Pat
     copy = disk.copy(disk.image(suite), folder / f"{suite}.disk")
     disk.put(copy, files)
     return System(machine.kernel(suite), initramfs, copy)
+
+
+def runner(folder: Path, script: Path, *units: Path) -> Iterator[tuple[str, Path]]:
+    """Yield what runs `script` at every boot, which works where ksmtool is not installed."""
+    for file in {MACHINES / "guest_boot.py", script}:
+        yield f"project/tests/vm/{file.name}", file
+    # Found beside the script, by nothing else: nothing that it starts shall find it.
+    for name in ("__init__.py", "process.py"):
+        yield f"project/tests/vm/ksmtool/{name}", HERE.parent / "python/ksmtool" / name
+    run = folder / "run"
+    run.symlink_to(f"tests/vm/{script.name}")
+    yield "project/run", run
+    for unit in (MACHINES / "ksm-test.service", MACHINES / "ksm-probe.service", *units):
+        yield f"{UNITS}/{unit.name}", unit
+        if "@" not in unit.name:
+            wanted = folder / unit.name
+            wanted.symlink_to(f"../{unit.name}")
+            yield f"{UNITS}/multi-user.target.wants/{unit.name}", wanted
+
+
+def follow(system: System, steps: Iterable[Step]) -> dict[str, Boot]:
+    """Boot a system by steps, up to the first that does not end as it should; its disk is gone."""
+    done = {}
+    for step in steps:
+        done[step.name] = system.boot(step.words)
+        if done[step.name].end != step.end:
+            break
+    system.disk.unlink()
+    return done
+
+
+def check(step: Step, done: Mapping[str, Boot]) -> None:
+    """Fail the test unless a step of what has been followed ended as it should."""
+    if step.name not in done:
+        pytest.fail(f"not reached: failed at {list(done)[-1]!r}", pytrace=False)
+    print(done[step.name])
+    if done[step.name].end != step.end:
+        pytest.fail(f"{done[step.name].end} instead of {step.end}, see the report", pytrace=False)
+    assert re.search(step.console, done[step.name].console)
+    assert "ERROR: ld.so" not in done[step.name].report + done[step.name].console
 
 
 def modules(suite: str) -> Path:

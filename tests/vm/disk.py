@@ -16,6 +16,7 @@ from conftest import need, need_command, run
 
 # Of what Debian has installed everywhere, what a boot and the stages need; and python3.
 PACKAGES = (
+    "apt",
     "dbus",
     "gpg",
     "gpg-agent",
@@ -28,6 +29,7 @@ PACKAGES = (
     "python3-click",
     "python3-distro",
     "python3-rich",
+    "python3-xxhash",
     "sudo",
     "systemd-sysv",
     "udev",
@@ -35,6 +37,8 @@ PACKAGES = (
 
 # Nothing waits for these, and in emulation each takes a good part of a second of every boot.
 UNNEEDED = (
+    "apt-daily-upgrade.timer",
+    "apt-daily.timer",
     "dev-hugepages.mount",
     "dev-mqueue.mount",
     "dpkg-db-backup.timer",

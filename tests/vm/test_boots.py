@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 import boots
+from boots import Step
 from conftest import HERE, Victims, run
 
 ROOT = HERE.parent
@@ -22,27 +21,6 @@ ROOT = HERE.parent
 OFF = "ksm_preload=off"
 RESCUE = "init=/usr/sbin/ksm-rescue"
 DIES = r"segfault at 0 .* in libksm_preload.*\n(.*\n)*.*Attempted to kill init"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One boot of a disk, on which the steps before have left their traces."""
-
-    name: str
-    do: str
-    """What guest_boot.py does, in this order."""
-    method: str = "ld.so.preload"
-    """How it is enabled."""
-    append: str = ""
-    end: str = "status 0"
-    console: str = ""
-    """What is said on the console, as a pattern."""
-
-    @property
-    def words(self) -> str:
-        """Return what is added to the kernel's command line."""
-        words = (f"ksm_test.do={self.do.replace(' ', ',')}", f"ksm_test.method={self.method}")
-        return " ".join((*words, self.append))
 
 
 BROKEN = (
@@ -67,7 +45,6 @@ PLANS = {
 }
 STEPS = [(suite, step.name) for suite, steps in PLANS.items() for step in steps]
 
-UNITS = "etc/systemd/system"
 PACKAGES = "usr/lib/python3/dist-packages"
 
 
@@ -101,22 +78,13 @@ def installed(folder: Path) -> Iterator[tuple[str, Path]]:
             yield f"{PACKAGES}/{entry}", Path(str(entry.locate()))
 
 
-def for_the_test(folder: Path, victims: Victims) -> Iterator[tuple[str, Path]]:
-    """Yield what is there for guest_boot.py, which runs at every boot, and what it breaks."""
-    yield "project/tests/vm/guest_boot.py", HERE / "vm" / "guest_boot.py"
-    yield "project/broken.so", victims.variant("broken", "-shared", "-fPIC")
-    for name in ("ksm-test.service", "ksm-probe.service"):
-        yield f"{UNITS}/{name}", HERE / "vm" / name
-        wanted = folder / name
-        wanted.symlink_to(f"../{name}")
-        yield f"{UNITS}/multi-user.target.wants/{name}", wanted
-
-
 @pytest.fixture(scope="session")
 def files(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Path]]:
     """Return what is added to every disk."""
     folder = tmp_path_factory.mktemp("files")
-    return [*installed(folder), *for_the_test(folder, victims)]
+    broken = victims.variant("broken", "-shared", "-fPIC")
+    runner = boots.runner(folder, HERE / "vm" / "guest_boot.py")
+    return [*installed(folder), *runner, ("project/broken.so", broken)]
 
 
 def system(
@@ -144,14 +112,8 @@ def booted(
     }
 
     def follow(suite: str) -> dict[str, boots.Boot]:
-        folder = tmp_path_factory.mktemp(suite)
-        one, done = system(suite, folder, files, victims), {}
-        for step in PLANS[suite]:
-            done[step.name] = one.boot(step.words)
-            if done[step.name].end != step.end:
-                break
-        one.disk.unlink()
-        return done
+        one = system(suite, tmp_path_factory.mktemp(suite), files, victims)
+        return boots.follow(one, PLANS[suite])
 
     victims("real_root", "static")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -161,15 +123,8 @@ def booted(
 @pytest.mark.slow
 @pytest.mark.parametrize(("suite", "name"), STEPS, ids=[": ".join(step) for step in STEPS])
 def test_boot(suite: str, name: str, booted: dict[str, Future[dict[str, boots.Boot]]]) -> None:
-    done = booted[suite].result()
     (step,) = (one for one in PLANS[suite] if one.name == name)
-    if name not in done:
-        pytest.fail(f"not reached: {suite} failed at {list(done)[-1]!r}", pytrace=False)
-    print(done[name])
-    if done[name].end != step.end:
-        pytest.fail(f"{done[name].end} instead of {step.end}, see the report", pytrace=False)
-    assert re.search(step.console, done[name].console)
-    assert "ERROR: ld.so" not in done[name].console
+    boots.check(step, booted[suite].result())
 
 
 # --- the harness itself: what goes wrong is seen ---

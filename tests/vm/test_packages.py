@@ -11,12 +11,15 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import boots
 import packages
-from conftest import HERE, need, run
+from boots import Boot, Step
+from conftest import HERE, Victims, need, run
 from ksmtool.kernel import Ksm
 from packages import Built, Chroot, Debians
 
@@ -508,3 +511,67 @@ def test_autopkgtest(installed: Chroot) -> None:
     results = dict(re.findall(r"^(\w+) +(PASS|FAIL|SKIP).*$", done.stdout, re.MULTILINE))
     assert results == dict.fromkeys(("wrap", "merge", "global", "foreign"), "PASS"), done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- Booted ----------------------------------------------------------------------------------
+
+
+PLAN = (
+    Step("as Debian is, then installed", "before install doctor kernel_enable enable"),
+    Step("switched on", "switched_on savings healthy upgrade"),
+    Step("upgraded", "switched_on remove"),
+    Step("removed", "removed purge"),
+)
+METHODS = {"trixie": "systemd", "bookworm": "ld.so.preload"}
+BOOTED = [(suite, step.name) for suite in METHODS for step in PLAN]
+
+
+@pytest.fixture(scope="session")
+def booted(
+    request: pytest.FixtureRequest,
+    builds: Builds,
+    victims: Victims,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[dict[str, Boot]]]]:
+    """Run the plan on the suites of the selected tests, as many at once as there are CPUs."""
+    selected = {
+        str(item.callspec.params["suite"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.function is test_booted
+    }
+
+    def follow(suite: str) -> dict[str, Boot]:
+        folder = tmp_path_factory.mktemp(suite)
+        machines = HERE / "vm"
+        files = [
+            *boots.runner(folder, machines / "guest_packages.py", machines / "ksm-worker@.service")
+        ]
+        for package in builds[suite].result().packages():
+            newer = packages.newer(package, folder, NEWER)
+            files.append((f"project/debs/now/{package.name}", package))
+            files.append((f"project/debs/newer/{newer.name}", newer))
+        one = boots.system(suite, folder, victims("real_root", "static"), files)
+        words = f"ksm_test.newer={NEWER}"
+        return boots.follow(
+            one, (replace(step, method=METHODS[suite], append=words) for step in PLAN)
+        )
+
+    victims("real_root", "static")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {suite: pool.submit(follow, suite) for suite in selected}
+
+
+@slow
+@pytest.mark.parametrize(("suite", "name"), BOOTED, ids=[": ".join(step) for step in BOOTED])
+def test_booted(
+    suite: str,
+    name: str,
+    booted: dict[str, Future[dict[str, Boot]]],
+    measured: Callable[[str], None],
+) -> None:
+    (step,) = (one for one in PLAN if one.name == name)
+    done = booted[suite].result()
+    boots.check(step, done)
+    measured(f"{suite}, {name}: {done[name].seconds:.0f} s")
+    for line in re.findall(r"^\d+ services in a group .*$", done[name].report, re.MULTILINE):
+        measured(f"{suite}, {name}: {line}")
