@@ -7,6 +7,7 @@ mounting anything, and kept below .cache/vm. What was made in another way is not
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import os
@@ -246,31 +247,32 @@ def made(
     ]
     CACHE.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
-    with (
-        tempfile.TemporaryFile() as errors,
+    with unfinished.open("ab") as output, tempfile.TemporaryFile() as errors:
+        # Who else wants it waits; then this file is what it wants.
+        fcntl.flock(output, fcntl.LOCK_EX)
+        if file.exists():
+            return file
+        output.truncate(0)
+        output.seek(0)
         # In a session of its own: when it fails it sends its whole process group a SIGHUP.
-        subprocess.Popen(
+        with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            with (
-                unfinished.open("wb") as output,
-                tarfile.open(fileobj=process.stdout, mode="r|") as packed,
-            ):
-                convert(packed, output)
-        except tarfile.ReadError:
-            pass  # It has failed and says why.
-        process.stdout.read()
-        process.wait()
+        ) as process:
+            assert process.stdout is not None
+            try:
+                with tarfile.open(fileobj=process.stdout, mode="r|") as packed:
+                    convert(packed, output)
+            except tarfile.ReadError:
+                pass  # It has failed and says why.
+            process.stdout.read()
+        output.flush()
         errors.seek(0)
         reason = os.fsdecode(errors.read())
-    need(process.returncode == 0, f"cannot download {name}: {reason}")
-    for stale in CACHE.glob(f"{name}-*"):
-        if stale != unfinished:
-            stale.unlink()
-    return unfinished.rename(file)
+        need(process.returncode == 0, f"cannot download {name}: {reason}")
+        for stale in CACHE.glob(f"{name}-*"):
+            if stale != unfinished:
+                stale.unlink()
+        return unfinished.rename(file)
 
 
 def content(packed: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

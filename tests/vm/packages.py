@@ -193,10 +193,20 @@ def build(
     umask: int = 0o022,
     env: Mapping[str, str] | None = None,
     personality: Sequence[str] = (),
+    version: str = "",
 ) -> Built:
-    """Build all packages with dpkg-buildpackage, as a user. Fails the test if that fails."""
+    """Build all packages with dpkg-buildpackage, as a user. Fails the test if that fails.
+
+    A version is one to release next.
+    """
     folder = chroot.changed / where
     source(folder)
+    if version:
+        stated = {"meson.build": r"(?<=version: ')[^']*", "debian/changelog": r"(?<=\()[^)]*"}
+        for name, pattern in stated.items():
+            text, found = re.subn(pattern, version, (folder / name).read_text(), count=1)
+            assert found == 1
+            (folder / name).write_text(text)
     for path in (folder.parent, *folder.parent.rglob("*")):
         os.chown(path, 1000, 1000)
     command = f"umask {umask:03o}; cd /{where}; exec dpkg-buildpackage -us -uc"
@@ -206,18 +216,3 @@ def build(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return Built(folder.parent, done.stdout + done.stderr, time.monotonic() - start)
-
-
-def newer(package: Path, folder: Path, version: str) -> Path:
-    """Return the same package with another version, which all that it needs of ours has, too."""
-    tree = folder / f"{package.stem}-{version}"
-    done = run(["dpkg-deb", "--raw-extract", package, tree])
-    assert done.returncode == 0, done.stderr
-    control = tree / "DEBIAN/control"
-    (old,) = re.findall(r"^Version: (.*)$", control.read_text(), re.MULTILINE)
-    control.write_text(control.read_text().replace(old, version))
-    built = folder / package.name.replace(old, version)
-    done = run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", tree, built])
-    assert done.returncode == 0, done.stderr
-    shutil.rmtree(tree)
-    return built

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -24,17 +24,12 @@ from ksmtool.kernel import Ksm
 from packages import Built, Chroot, Debians
 
 ROOT = HERE.parent
+NOCHECK = {"DEB_BUILD_OPTIONS": "nocheck"}
 slow = pytest.mark.slow
 
 ENTRY = "/usr/$LIB/libksm_preload_prctl.so\n"
 OTHERS = "# Other people's words\n/usr/lib/x86_64-linux-gnu/libother.so\n"
 """What else can be in the file; its library is there, and only amd64's programs run."""
-
-
-def test_there_is_one_version() -> None:
-    (project,) = re.findall(r"^ +version: '([^']*)'", (ROOT / "meson.build").read_text(), re.M)
-    first = (ROOT / "debian/changelog").read_text().splitlines()[0]
-    assert first == f"ksm-preload ({project}) unstable; urgency=medium"
 
 
 # ---- Built -----------------------------------------------------------------------------------
@@ -52,27 +47,40 @@ def debians() -> Iterator[Debians]:
         yield Debians(Path(folder))
 
 
-Builds = dict[str, "Future[Built]"]
+NEWER = "99"
+
+
+@dataclass
+class Builds:
+    """What is built of this tree, each when it is first asked for."""
+
+    debians: Debians
+    _built: dict[str, Built] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Built:
+        """Return one: of a suite, of "i386", "again" and elsewhere, or "newer" of these."""
+        if name not in self._built:
+            self._built[name] = self._build(name)
+        return self._built[name]
+
+    def _build(self, name: str) -> Built:
+        newer, _, kind = name.rpartition(" ")
+        suite = "trixie" if kind == "trixie" else "bookworm"
+        base = self.debians.base("build", suite, "i386" if kind == "i386" else "amd64")
+        chroot = self.debians.chroot(base)
+        if kind == "again":
+            env = {"LC_ALL": "C", "TZ": "Asia/Kolkata", "USER": "me", **NOCHECK}
+            return packages.build(chroot, "srv/else/where", 0o077, env)
+        personality = ("setarch", "i686") if kind == "i386" else ()
+        if newer:
+            return packages.build(chroot, env=NOCHECK, personality=personality, version=NEWER)
+        return packages.build(chroot, personality=personality)
 
 
 @pytest.fixture(scope="session")
-def builds(debians: Debians) -> Iterator[Builds]:
-    """Build everything, as many at once as there are CPUs."""
-    bookworm = debians.base("build", "bookworm", "amd64")
-    trixie = debians.base("build", "trixie", "amd64")
-    i386 = debians.base("build", "bookworm", "i386")
-    other = {"LC_ALL": "C", "TZ": "Asia/Kolkata", "USER": "me", "DEB_BUILD_OPTIONS": "nocheck"}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            "bookworm": pool.submit(packages.build, debians.chroot(bookworm)),
-            "i386": pool.submit(
-                packages.build, debians.chroot(i386), personality=("setarch", "i686")
-            ),
-            "trixie": pool.submit(packages.build, debians.chroot(trixie)),
-            "again": pool.submit(
-                packages.build, debians.chroot(bookworm), "srv/else/where", 0o077, other
-            ),
-        }
+def builds(debians: Debians) -> Builds:
+    """Return what is built."""
+    return Builds(debians)
 
 
 @slow
@@ -80,7 +88,7 @@ def builds(debians: Debians) -> Iterator[Builds]:
 def test_built_in_a_clean_chroot(
     builds: Builds, name: str, measured: Callable[[str], None]
 ) -> None:
-    built = builds[name].result()
+    built = builds[name]
     architecture = "i386" if name == "i386" else "amd64"
     assert [file.name.split("_")[0] for file in built.packages()] == [
         "ksm-preload",
@@ -113,7 +121,7 @@ def contents(package: Path) -> dict[str, str]:
 @slow
 @pytest.mark.parametrize("name", ["bookworm", "trixie", "i386"])
 def test_sizes(builds: Builds, name: str, measured: Callable[[str], None]) -> None:
-    tool, library = builds[name].result().packages()
+    tool, library = builds[name].packages()
     sizes = [int(control(one)["Installed-Size"]) for one in (library, tool)]
     measured(f"{name}: libksm-preload {sizes[0]} KB, ksm-preload {sizes[1]} KB installed")
     assert sizes[0] <= 60
@@ -123,7 +131,7 @@ def test_sizes(builds: Builds, name: str, measured: Callable[[str], None]) -> No
 @slow
 @pytest.mark.parametrize("name", ["bookworm", "trixie"])
 def test_what_is_in_them(builds: Builds, name: str) -> None:
-    tool, library = builds[name].result().packages()
+    tool, library = builds[name].packages()
     assert control(library)["Multi-Arch"] == "same"
     assert control(tool)["Multi-Arch"] == "foreign"
     version = control(tool)["Version"]
@@ -165,7 +173,7 @@ MODULES = sorted((ROOT / "python/ksmtool").glob("*.py"))
 @pytest.mark.parametrize("name", ["bookworm", "trixie"])
 def test_each_library_writes_to_one_page(builds: Builds, name: str, tmp_path: Path) -> None:
     """By any compiler: what is written to is not page aligned (src/meson.build)."""
-    _, library = builds[name].result().packages()
+    _, library = builds[name].packages()
     assert run(["dpkg-deb", "--extract", library, tmp_path]).returncode == 0
     for file in tmp_path.rglob("*.so"):
         shown = run(["readelf", "--segments", "--wide", file]).stdout
@@ -176,7 +184,7 @@ def test_each_library_writes_to_one_page(builds: Builds, name: str, tmp_path: Pa
 @slow
 def test_reproducible(builds: Builds) -> None:
     """In another folder, at another time, with another umask, language and time zone."""
-    first, again = builds["bookworm"].result(), builds["again"].result()
+    first, again = builds["bookworm"], builds["again"]
     assert len(first.packages()) == 2
     for package in sorted(first.folder.glob("*.deb")):
         assert (again.folder / package.name).read_bytes() == package.read_bytes(), package.name
@@ -188,7 +196,7 @@ def test_lintian(builds: Builds, debians: Debians, name: str) -> None:
     chroot = debians.chroot(debians.base("use", "bookworm", "amd64,i386"))
     built = chroot.changed / "built"
     built.mkdir()
-    for file in builds[name].result().folder.glob("*.*"):
+    for file in builds[name].folder.glob("*.*"):
         shutil.copy(file, built)
     (changes,) = built.glob("*.changes")
     options = ("--pedantic", "--tag-display-limit", "0", "--allow-root")
@@ -199,7 +207,6 @@ def test_lintian(builds: Builds, debians: Debians, name: str) -> None:
 
 # ---- Installed -------------------------------------------------------------------------------
 
-NEWER = "99"
 DPKG = ("var/lib/dpkg/", "var/log/", "var/cache/")
 """What dpkg itself leaves behind."""
 ENABLE = ("ksmtool", "global-enable", "--yes", "--force", "--method", "ld.so.preload")
@@ -214,13 +221,11 @@ ALL = ("ksm-preload", "libksm-preload:amd64", "libksm-preload:i386")
 def offered(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the packages to install, and the same with a higher version."""
     folder = tmp_path_factory.mktemp("offered")
-    native = builds["bookworm"].result().packages()
-    _, foreign = builds["i386"].result().packages()
-    for name in ("now", "newer"):
+    for name, which in (("now", ""), ("newer", "newer ")):
         (folder / name).mkdir()
-    for package in (*native, foreign):
-        shutil.copy(package, folder / "now")
-        packages.newer(package, folder / "newer", NEWER)
+        _, foreign = builds[f"{which}i386"].packages()
+        for package in (*builds[f"{which}bookworm"].packages(), foreign):
+            shutil.copy(package, folder / name)
     return folder
 
 
@@ -539,6 +544,7 @@ def booted(
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.function is test_booted
     }
+    debs = {suite: {"now": builds[suite], "newer": builds[f"newer {suite}"]} for suite in selected}
 
     def follow(suite: str) -> dict[str, Boot]:
         folder = tmp_path_factory.mktemp(suite)
@@ -546,10 +552,8 @@ def booted(
         files = [
             *boots.runner(folder, machines / "guest_packages.py", machines / "ksm-worker@.service")
         ]
-        for package in builds[suite].result().packages():
-            newer = packages.newer(package, folder, NEWER)
-            files.append((f"project/debs/now/{package.name}", package))
-            files.append((f"project/debs/newer/{newer.name}", newer))
+        for name, built in debs[suite].items():
+            files += [(f"project/debs/{name}/{file.name}", file) for file in built.packages()]
         one = boots.system(suite, folder, victims("real_root", "static"), files)
         words = f"ksm_test.newer={NEWER}"
         return boots.follow(
