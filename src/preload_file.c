@@ -72,8 +72,11 @@ bool preload_names_next(struct preload_names *names, struct preload_name *name)
 
 bool preload_name_is_ours(const char *text, size_t length)
 {
-    static const char ours[][sizeof "libksm_preload_prctl.so"] = {"libksm_preload.so",
-                                                                  "libksm_preload_prctl.so"};
+    static const char ours[][sizeof "libksm_preload_follow.so"] = {
+        "libksm_preload.so",
+        "libksm_preload_prctl.so",
+        "libksm_preload_follow.so",
+    };
     size_t base = length;
 
     while (base > 0 && text[base - 1] != '/')

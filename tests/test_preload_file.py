@@ -120,6 +120,7 @@ REMOVE: Table = {
     "the ancestor's": (b"/a.so\n" + ANCESTOR + b"\n", b"/a.so\n"),
     "by $LIB": (BY_LIB + b":/a.so\n", b"/a.so\n"),
     "by its bare name": (b"libksm_preload_prctl.so /a.so\n", b"/a.so\n"),
+    "the library of --follow": (b"/usr/$LIB/libksm_preload_follow.so\n/a.so\n", b"/a.so\n"),
     "below a folder that is gone": (b"/gone/libksm_preload.so\n/a.so\n", b"/a.so\n"),
     "a longer name stays": (b"libksm_preload.so.1\n", b"libksm_preload.so.1\n"),
     "a name that ends like ours stays": (b"/xlibksm_preload.so\n", b"/xlibksm_preload.so\n"),
@@ -250,7 +251,8 @@ def names(rescue: Rescue) -> list[bytes]:
 
 
 def is_ours(name: bytes) -> bool:
-    return name.rsplit(b"/", 1)[-1] in {b"libksm_preload.so", b"libksm_preload_prctl.so"}
+    base = name.rsplit(b"/", 1)[-1]
+    return base in {b"libksm_preload%s.so" % kind for kind in (b"", b"_prctl", b"_follow")}
 
 
 @settings(deadline=None, max_examples=120)

@@ -21,7 +21,7 @@ from ksmtool import install
 from ksmtool.errors import ExitStatus, KsmtoolError
 
 FILE = "etc/ld.so.preload"
-OURS = ("libksm_preload.so", "libksm_preload_prctl.so")
+OURS = ("libksm_preload.so", "libksm_preload_prctl.so", "libksm_preload_follow.so")
 
 
 @dataclass(frozen=True)

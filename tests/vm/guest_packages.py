@@ -208,8 +208,7 @@ def removed() -> None:
 
 def purge() -> None:
     """Nothing is left, and nobody has complained in all these boots."""
-    # Of the library nothing is left to purge, and apt may not know it any more.
-    apt("purge", "ksm-preload")
+    apt("purge", *PACKAGES)
     boot.KSM_BEFORE.unlink()
     was, now = json.loads(BEFORE.read_text())["files"], files()
     different = [

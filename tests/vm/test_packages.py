@@ -488,6 +488,68 @@ def test_an_entry_that_nothing_can_take_out(installed: Chroot) -> None:
     dpkg(installed, "--remove", "libksm-preload:amd64")
 
 
+NO_NAME = (
+    "# libksm_preload was here",
+    "/usr/$LIB/libksm_preload_prctl.so\r",
+    "/opt/libksm_preload.so.1",
+    "/opt/xlibksm_preload.so",
+)
+NAMES = (
+    "/usr/$LIB/libksm_preload_follow.so # for all",
+    "/a.so:libksm_preload.so",
+    "# one\n# /usr/$LIB/libksm_preload_prctl.so",
+)
+
+
+@slow
+@pytest.mark.parametrize("content", [*NO_NAME, *NAMES])
+def test_without_ksm_rescue(installed: Chroot, content: str) -> None:
+    """A mention is no entry, and an entry keeps the library."""
+    dpkg(installed, "--remove", "ksm-preload")
+    put(installed, PRELOAD, f"{content}\n".encode())
+    done = installed.run("dpkg", "--purge", "libksm-preload:i386", "libksm-preload:amd64")
+    assert (done.returncode == 0) == (content in NO_NAME), done.stderr
+    if content in NAMES:
+        line = content.splitlines()[-1]
+        assert f"{len(content.splitlines())}:{line}\n" in done.stderr
+    assert preload(installed) == f"{content}\n".encode()
+
+
+@slow
+def test_ksm_rescue_is_gone(installed: Chroot) -> None:
+    installed("rm", "/usr/sbin/ksm-rescue")
+    put(installed, PRELOAD, ENTRY.encode())
+    done = installed.run("dpkg", "--remove", "ksm-preload")
+    assert done.returncode != 0
+    assert "/usr/sbin/ksm-rescue is gone. Delete the entry and its mentions" in done.stderr
+    (installed.changed / PRELOAD).unlink()
+    dpkg(installed, "--remove", *ALL)
+
+
+@slow
+def test_the_rules_go_with_the_last_library(installed: Chroot) -> None:
+    rules = put(installed, "etc/ksm-preload/policy.d/mine.conf", b"deny mine\n")
+    for package in ("ksm-preload", "libksm-preload:amd64"):
+        dpkg(installed, "--purge", package)
+        assert rules.exists(), package
+    dpkg(installed, "--purge", "libksm-preload:i386")
+    assert not rules.parent.parent.exists()
+
+
+@slow
+def test_drop_ins_that_were_edited(installed: Chroot) -> None:
+    """Without Python, too, which puts up with more ways to say yes and no."""
+    names = [f"{UNITS}/{name}.service.d/50-ksm-preload.conf" for name in ("a", "b")]
+    (mark, *_) = installed(
+        "python3", "-c", "from ksmtool.systemd import *; print(DropIn('x', True).text)"
+    ).splitlines()
+    for name, value in zip(names, (" true", " no")):
+        put(installed, name, f"{mark}\n[Service]\nMemoryKSM ={value}\n".encode())
+    installed("rm", "-r", "/usr/lib/python3/dist-packages/click")
+    dpkg(installed, "--remove", "ksm-preload")
+    assert not traces(installed.changed)
+
+
 @slow
 def test_below_another_root(installed: Chroot) -> None:
     """dpkg --root, and no chroot: what is switched on here is not what is removed there."""
