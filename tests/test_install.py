@@ -100,6 +100,17 @@ def test_a_wheel_by_debian_12s_own_meson_python(source: Path, tmp_path: Path) ->
     assert f"LD_PRELOAD={venv}/lib/ksm-preload/libksm_preload" in explained.stderr
 
 
+def test_what_is_not_there_is_said_with_each_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "bin/ksmtool")])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python3"))
+    with pytest.raises(KsmtoolError) as raised:
+        install.rescue()
+    assert raised.value.message == f"ksm-rescue is not in {tmp_path}/bin or {tmp_path}/sbin."
+
+
 def test_what_cannot_be_looked_at_is_not_trusted() -> None:
     with pytest.raises(KsmtoolError, match="Cannot look at /no/such: No such file"):
         install.require_trusted("/no/such")

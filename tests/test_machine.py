@@ -12,12 +12,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from conftest import Tree, run, wait_until
-from ksmtool import cli, consent, ldpreload, machine, rehearsal, report, systemd
+from ksmtool import cli, consent, ldpreload, machine, rehearsal, report, systemd, wrap
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.wrap import Kernel
 
@@ -557,11 +559,47 @@ def test_enabling_from_a_venv_is_refused_and_changes_nothing(tree: Tree) -> None
     assert not Path("/etc/ld.so.preload").exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=["", "dry-run"])
+@pytest.mark.parametrize("obstacle", [None, TOO_OLD], ids=["systemd-can", "systemd-cannot"])
+@pytest.mark.parametrize("method", ["auto", "systemd", "ld.so.preload"])
+def test_from_a_venv_no_method_is_taken(
+    method: str, obstacle: str | None, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_change(*_: object) -> NoReturn:
+        raise AssertionError
+
+    monkeypatch.setattr(machine, "alone", nullcontext)
+    monkeypatch.setattr(wrap, "probe", lambda: NEW)
+    monkeypatch.setattr(systemd, "obstacle", lambda: obstacle)
+    monkeypatch.setattr(machine, "drop_ins", no_change)
+    monkeypatch.setattr(machine, "rehearse", no_change)
+    command = ["global-enable", "--method", method, "--yes", "--force", *options]
+    with pytest.raises(KsmtoolError, match="below a home or a venv") as raised:
+        cli.cli.main(command, standalone_mode=False)
+    assert raised.value.status == ExitStatus.UNSUPPORTED
+    assert "Install ksm-preload's package" in str(raised.value.hint)
+
+
 @pytest.mark.root
 def test_logins_are_systemds(tree: Tree) -> None:
     done = run([tree.ksmtool, "global-enable", "--method", "ld.so.preload", "--logins"])
     assert done.returncode == ExitStatus.USAGE
     assert "--logins is about the method systemd" in done.stderr
+
+
+def test_who_started_us_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dpkg and the script that asks are counted like others, but end with us."""
+    parents = {1: 0, 20: 1, 30: 20, 31: 20, os.getpid(): 30}
+    for pid, parent in parents.items():
+        process(tmp_path, pid, b"x\0")
+        folder = tmp_path / "proc" / str(pid)
+        (folder / "exe").symlink_to(f"/usr/bin/of-{pid}")
+        (folder / "maps").write_text("/usr/lib/libksm_preload_prctl.so\n")
+        (folder / "stat").write_text(f"{pid} (x) S {parent} 1 1\n")
+    monkeypatch.setattr("ksmtool.process.opted_in", lambda *_: True)
+    found = machine.processes(tmp_path)
+    assert found.still == [(31, "of-31")]
+    assert (found.total, found.opted_in) == (4, 4)
 
 
 @pytest.mark.root

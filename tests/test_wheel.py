@@ -189,10 +189,16 @@ def test_try_finds_what_is_equal(venv: Venv) -> None:
 
 # Were it not refused, it would be written to a file of that root.
 def test_global_enable_refuses_and_says_why(venv: Venv) -> None:
-    for command in ((), ("--method", "ld.so.preload"), ("--method", "ld.so.preload", "--dry-run")):
+    for command in (
+        (),
+        ("--method", "ld.so.preload"),
+        ("--method", "ld.so.preload", "--dry-run"),
+        ("--method", "systemd"),
+    ):
         said = venv("ksmtool", "global-enable", "--yes", "--force", *command, status=4)
         assert "a library below a home or a venv can be changed or removed by others" in said.stderr
         assert "hint: Install ksm-preload's package" in said.stderr
+        assert "works without" not in said.stderr
         assert not (venv.folder / "etc/ld.so.preload").exists()
 
 

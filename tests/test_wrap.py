@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Tree, facts, need, opted_in, run
+from ksmtool import install, wrap
 from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.program import Program
 from ksmtool.wrap import Kernel, decide
@@ -216,11 +218,29 @@ def test_sigpipe_is_the_default_again(tree: Tree) -> None:
 def test_a_line_when_ksm_is_off(tree: Tree, ksm: object) -> None:
     done = run([tree.ksmtool, "wrap", "true"])  # the fixture has stopped KSM
     assert done.returncode == 0
-    assert done.stderr == (
-        "ksmtool: KSM is off in this kernel: nothing will merge until: "
-        "echo 1 | sudo tee /sys/kernel/mm/ksm/run\n"
-    )
+    line = "ksmtool: KSM is off in this kernel: nothing will merge until: "
+    assert re.fullmatch(line + "(sudo .*ksmtool kernel-enable|echo 1 .*/run)\n", done.stderr)
     assert run([tree.ksmtool, "wrap", "-q", "true"]).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "trusted", "expected"),
+    [
+        ("/usr/bin/ksmtool", True, "sudo ksmtool kernel-enable"),
+        ("/opt/a venv/bin/ksmtool", True, "sudo '/opt/a venv/bin/ksmtool' kernel-enable"),
+        ("/home/me/bin/ksmtool", False, "echo 1 | sudo tee /sys/kernel/mm/ksm/run"),
+    ],
+)
+def test_how_to_switch_ksm_on(
+    path: str, trusted: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> None:
+        if not trusted:
+            raise KsmtoolError("no")
+
+    monkeypatch.setattr(install, "ksmtool", lambda: path)
+    monkeypatch.setattr(install, "require_trusted_ksmtool", check)
+    assert wrap.turn_on() == expected
 
 
 @pytest.mark.ksm

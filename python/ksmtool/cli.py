@@ -530,15 +530,17 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
     from ksmtool import consent, ldpreload, machine, systemd  # noqa: PLC0415
     from ksmtool.wrap import probe  # noqa: PLC0415
 
+    about_systemd = click.UsageError("--logins is about the method systemd.")
+    if logins and method == machine.PRELOAD:
+        raise about_systemd
     with machine.alone():
         kernel = probe()
+        # By either method: systemd's drop-ins, too, need a package that takes them back.
+        entry = ldpreload.entry_for(machine.library(kernel))
         choice = machine.choose(method, kernel, systemd.obstacle, machine.enabled())
         if logins and choice.method != machine.SYSTEMD:
-            raise click.UsageError("--logins is about the method systemd.")
+            raise about_systemd
         click.echo(f"Method: {choice.method} ({choice.why}).")
-        entry = ""
-        if choice.method == machine.PRELOAD:  # where that cannot be, nothing else matters
-            entry = ldpreload.entry_for(machine.library(kernel))
         for problem in ldpreload.problems():
             click.echo(f"note: {problem}", err=True)
         company = consent.company()
@@ -548,7 +550,7 @@ def global_enable(method: str, dry_run: bool, yes: bool, logins: bool, force: bo
                 "that of everything else.",
                 "If all of them are your own, use --force.",
             )
-        if entry:
+        if choice.method == machine.PRELOAD:
             _enable_by_preload(entry, company, dry_run, yes)
         else:
             _enable_by_systemd(logins, company, dry_run, yes)
@@ -644,8 +646,8 @@ def global_disable(dry_run: bool) -> None:
         some = ", ".join(f"{name} {pid}" for pid, name in sorted(still)[:8])
         if still:
             click.echo(
-                f"{len(still)} running processes are still opted in, by us or by others, or have "
-                f"the library, until they end: {some}{', ...' if len(still) > 8 else ''}."
+                f"{len(still)} other running processes are still opted in, by us or by others, or "
+                f"have the library, until they end: {some}{', ...' if len(still) > 8 else ''}."
             )
 
 

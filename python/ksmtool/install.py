@@ -51,15 +51,16 @@ def _beside(name: str) -> str:
 
     A package has those for root in sbin.
     """
-    folders = (
-        os.path.dirname(os.path.realpath(sys.argv[0])),
+    beside = os.path.dirname(os.path.realpath(sys.argv[0]))
+    candidates = (
+        beside,
         os.path.join(sys.prefix, "bin"),
         os.path.dirname(sys.executable),
+        os.path.join(os.path.dirname(beside), "sbin"),
     )
-    for folder in (*folders, os.path.join(os.path.dirname(folders[0]), "sbin")):
+    folders = dict.fromkeys(candidates)  # each once
+    for folder in folders:
         path = os.path.join(folder, name)
         if os.access(path, os.X_OK):
             return path
-    raise KsmtoolError(
-        f"{name} is not in {folders[0]} or {folders[1]}.", "Install ksm-preload again."
-    )
+    raise KsmtoolError(f"{name} is not in {' or '.join(folders)}.", "Install ksm-preload again.")

@@ -213,8 +213,9 @@ def entry_for(library: str) -> str:
             install.require_trusted(str(path))
             return entry
     raise KsmtoolError(
-        f"{library} is not in the system's library folder, so it must not go into /{FILE}: a "
-        "library below a home or a venv can be changed or removed by others.",
+        f"{library} is not in the system's library folder: a library below a home or a venv can be "
+        f"changed or removed by others, so it must not go into /{FILE}, and with the venv would go "
+        "what takes systemd's drop-ins back.",
         "Install ksm-preload's package; `ksmtool wrap` needs no installation.",
         ExitStatus.UNSUPPORTED,
     )

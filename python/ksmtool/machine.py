@@ -213,7 +213,7 @@ class Processes:
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> count, for those that are not opted in."""
     still: list[tuple[int, str]] = field(default_factory=list)
-    """PID and program of each that is opted in or has the library."""
+    """PID and program of each that is opted in or has the library, but for what started us."""
 
 
 def processes(root: Path = Path("/")) -> Processes:
@@ -221,6 +221,7 @@ def processes(root: Path = Path("/")) -> Processes:
     rules = replace(policy.load(root), off=False)
     found = Processes()
     proc = root / "proc"
+    ours = process.ancestors(os.getpid(), proc)  # dpkg, and the script that asks
     for entry in proc.iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -239,7 +240,7 @@ def processes(root: Path = Path("/")) -> Processes:
         loaded = any(f"/{name}" in maps for name in ldpreload.OURS)
         found.loaded += loaded
         found.opted_in += opted
-        if opted or loaded:
+        if (opted or loaded) and int(entry.name) not in ours:
             found.still.append((int(entry.name), os.path.basename(exe)))
         if not opted:
             found.left_out[_reason(exe, maps, loaded, rules)] += 1
@@ -290,6 +291,18 @@ def _drift(root: Path) -> list[str]:
     ]
 
 
+def _without_library(entry: str) -> list[str]:
+    """Return a sentence for each architecture whose loader does not find our library."""
+    libcs = ldpreload.architectures()
+    outcomes = rehearsal.run(rehearsal.of_architectures(libcs))
+    return [
+        f"Programs for {libc} print an error when they start: ksm-preload's library for their "
+        "architecture is missing (libksm-preload:i386)."
+        for libc, outcome in zip(libcs, outcomes)
+        if outcome.status != rehearsal.NOT_STARTED and entry in outcome.stderr
+    ]
+
+
 def status(root: Path = Path("/")) -> Status:
     """Measure it. Raises KsmtoolError."""
     entries = ldpreload.entries(root)
@@ -297,6 +310,8 @@ def status(root: Path = Path("/")) -> Status:
     outcome = rehearsal.run([_loads(ours or "/libksm_preload")])[0]
     started = outcome.status != rehearsal.NOT_STARTED
     problems = [*ldpreload.problems(root), *_drift(root)]
+    if ours and ours not in outcome.stderr:  # else that is the complaint already
+        problems += _without_library(ours)
     return Status(
         methods=tuple(enabled(root)),
         entry=ours,

@@ -275,6 +275,16 @@ def descendants(pid: int, proc: Path = PROC, without: Iterable[int] = ()) -> lis
     return found
 
 
+def ancestors(pid: int, proc: Path = PROC) -> set[int]:
+    """Return the PIDs of the parent of `pid`, of its parent, and so on."""
+    found: set[int] = set()
+    parent = parent_of(pid, proc)
+    while parent:  # that of PID 1, and of what has come from outside, is 0
+        found.add(parent)
+        parent = parent_of(parent, proc)
+    return found
+
+
 def parent_of(pid: int, proc: Path = PROC) -> int | None:
     """Return the parent's PID, None if `pid` has ended."""
     try:

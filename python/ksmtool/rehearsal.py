@@ -64,8 +64,12 @@ def checks(architectures: Sequence[str]) -> list[Check]:
         if os.access(path, os.X_OK):
             found.append(Check("systemd", (path, "--version")))
             break
-    found += [Check(f"{path}, a program of its architecture", (path,)) for path in architectures]
-    return found
+    return found + of_architectures(architectures)
+
+
+def of_architectures(libcs: Sequence[str]) -> list[Check]:
+    """Return a program for each architecture: its libc is one."""
+    return [Check(f"{path}, a program of its architecture", (path,)) for path in libcs]
 
 
 def run(programs: Iterable[Check]) -> list[Outcome]:

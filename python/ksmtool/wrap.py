@@ -15,8 +15,6 @@ from ksmtool.errors import ExitStatus, KsmtoolError
 from ksmtool.group import Wanted
 from ksmtool.kernel import Ksm
 
-TURN_ON = "echo 1 | sudo tee /sys/kernel/mm/ksm/run"
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -150,12 +148,25 @@ def probe() -> Kernel:
     return Kernel(*(answers.get(name) == "yes" for name in ("prctl", "inherit", "madvise")))
 
 
+def turn_on() -> str:
+    """Return the command that switches KSM on."""
+    import shlex  # noqa: PLC0415 - rare
+
+    try:
+        install.require_trusted_ksmtool()
+    except KsmtoolError:  # kernel-enable refuses what others can change
+        return "echo 1 | sudo tee /sys/kernel/mm/ksm/run"
+    path = install.ksmtool()
+    in_roots_path = os.path.dirname(path) in ("/usr/bin", "/usr/local/bin")
+    return f"sudo {'ksmtool' if in_roots_path else shlex.quote(path)} kernel-enable"
+
+
 def ksm_warning(ksm: Ksm) -> str | None:
     """Return the line to print if nothing will merge whatever is opted in, else None."""
     if not ksm.available():
         return "This kernel has no KSM: nothing will merge."
     if not ksm.running():
-        return f"KSM is off in this kernel: nothing will merge until: {TURN_ON}"
+        return f"KSM is off in this kernel: nothing will merge until: {turn_on()}"
     return None
 
 

@@ -199,6 +199,23 @@ def test_a_missing_architecture_is_found_before_anything_is_written(root: Root) 
     assert not root.preload.exists()
 
 
+def test_an_architecture_that_lost_its_library_is_a_problem(root: Root) -> None:
+    """As one of which a libc was installed after global-enable."""
+    root.run(*ENABLE)
+    assert "i386" not in root("ksmtool", "global-status")
+    library = root.folder / I386 / "libksm_preload_prctl.so"
+    away = library.with_suffix(".away")
+    library.rename(away)
+    try:
+        status = json.loads(root("ksmtool", "global-status", "--json"))
+    finally:
+        away.rename(library)
+    assert (status["preload"]["loaded"], status["preload"]["complaint"]) == (True, "")
+    (problem,) = status["preload"]["problems"]
+    assert problem.startswith("Programs for /lib/i386-linux-gnu/libc.so.6 print an error")
+    assert "libksm-preload:i386" in problem
+
+
 def broken(root: Root) -> Callable[[], None]:
     """Put a library there that kills every program; return what puts ours back."""
     library = root.folder / "usr/lib/x86_64-linux-gnu/libksm_preload_prctl.so"
