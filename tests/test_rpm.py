@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from conftest import HERE, need_command, run
+from ksmtool import systemd
 from ksmtool.kernel import Ksm
 from test_chroot import ENTER, Root, archive
 
@@ -30,6 +31,7 @@ FRONT, LIBRARIES = "ksm-preload", "ksm-preload-libs"
 PACKAGES = ("python3-click", "python3-distro", "python3-rich", "systemd-sysv")
 LIBDIR = "/usr/lib/x86_64-linux-gnu"
 """Debian's, which its loader takes for $LIB."""
+I386 = "/usr/lib/i386-linux-gnu"
 FIGURES = "var/lib/prometheus/node-exporter"
 ENTRY = b"/usr/$LIB/libksm_preload_prctl.so\n"
 
@@ -107,6 +109,16 @@ def second(builds: Sequence[Build]) -> Build:
     return builds[1]
 
 
+@pytest.fixture(scope="module")
+def i686(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Return release 1 for i686, its libraries where a loader of Debian's looks for them."""
+    (sdist,) = released.glob("*.tar.gz")
+    options = ("--define", "optflags -O2", "--define", f"_libdir {I386}", "--without", "tests")
+    compiler = need_command("i686-linux-gnu-gcc")
+    folder = tmp_path_factory.mktemp("i686")
+    return build(sdist, folder, 1, "--target", "i686", *options, CC=compiler)
+
+
 # ---- What is in them -----------------------------------------------------------------------
 
 
@@ -148,10 +160,15 @@ def test_what_they_contain(first: Build) -> None:
         "/usr/sbin/ksm-rescue",
     }
     units = "/usr/lib/systemd/system"
+    (version,) = query(first.front, "--queryformat=%{VERSION}")
+    metadata = f"/usr/lib/python3/dist-packages/ksm_preload-{version}.dist-info"
     assert files(first.front) == {
         "/usr/bin/ksm-wrapper",
         "/usr/bin/ksmtool",
         "/usr/lib/python3/dist-packages/ksmtool",
+        metadata,
+        # No RECORD: with one, pip would remove what is rpm's.
+        *(f"{metadata}/{name}" for name in ("LICENSE", "METADATA", "WHEEL", "entry_points.txt")),
         f"{units}/ksm-preload-export.service",
         f"{units}/ksm-preload-export.timer",
         f"{units}/ksm-preload-off.service",
@@ -164,12 +181,15 @@ def test_what_they_contain(first: Build) -> None:
         assert query(Path(package), "--docfiles")
 
 
-def test_they_do_nothing_but_before_they_go(first: Build) -> None:
-    for package in first.files:
-        said = "\n".join(query(Path(package), "--scripts", "--triggers", "--filetriggers"))
-        assert re.findall(r"^(\w+) (?:scriptlet|program)", said, re.M) == ["preuninstall"]
+def test_they_do_nothing_but_when_they_go(first: Build) -> None:
+    for package, names in (
+        (first.front, ["preuninstall"]),
+        (first.libraries, ["preuninstall", "postuninstall"]),
+    ):
+        said = "\n".join(query(package, "--scripts", "--triggers", "--filetriggers"))
+        assert re.findall(r"^(\w+) (?:scriptlet|program)", said, re.M) == names
         for line in re.findall(r"^if .*then", said, re.M):
-            assert '"$1" -eq 0' in line
+            assert '"$1" -eq 0' in line or '"$1" -ne 0 ] && [ ! -e /usr/lib' in line
 
 
 def test_fedoras_flags_bring_no_glibc_into_the_libraries(second: Build, tmp_path: Path) -> None:
@@ -246,7 +266,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     assert done.returncode == 0, done.stderr
     # Those in /usr are in Fedora's package `filesystem`.
     manuals = (f"usr/share/man/man{section}" for section in "1578")
-    for name in ("var/lib/rpm", FIGURES, "usr/share/licenses", *manuals):
+    for name in ("var/lib/rpm", FIGURES, I386[1:], "usr/share/licenses", *manuals):
         (folder / name).mkdir(parents=True, exist_ok=True)
     yield System(folder)
     shutil.rmtree(folder)
@@ -299,6 +319,8 @@ def test_install_enable_upgrade_erase(
         clean.preload.write_bytes(before)
     clean.done(*INSTALL, *first.files)
     assert clean.content() == before, "nothing is enabled by installing"
+    code = "from importlib.metadata import version; print(version('ksm-preload'))"
+    assert f"ksmtool {clean('python3', '-c', code)}" == clean("ksmtool", "--version")
 
     said = clean.run(*ENABLE)
     assert said.returncode == 0, said.stdout + said.stderr
@@ -342,11 +364,94 @@ def test_one_after_the_other(
 def test_the_libraries_alone(clean: System, first: Build, second: Build) -> None:
     clean.done(*INSTALL, str(first.libraries))
     clean.preload.write_bytes(OTHER + b"\n" + ENTRY)
+    backup, others = (
+        clean.preload.with_name(f"ld.so.preload.{name}") for name in ("20261126T091500Z", "1T2Z")
+    )
+    backup.touch()
+    others.touch()
     clean.done(*UPGRADE, str(second.libraries))
     assert clean.content() == OTHER + b"\n" + ENTRY
+    assert backup.exists()
     clean.done(*ERASE, LIBRARIES)
     assert clean.content() == OTHER + b"\n"
+    assert not backup.exists()
+    assert others.exists()
+    others.unlink()
     clean.preload.unlink()
+
+
+@pytest.mark.parametrize("goes", ["i686", "x86_64"])
+def test_the_entry_goes_with_the_first_architecture(
+    clean: System, first: Build, second: Build, i686: Build, goes: str
+) -> None:
+    """Else the loader of that one would look for what is gone."""
+    clean.done(*INSTALL, str(first.libraries), str(i686.libraries))
+    clean.preload.write_bytes(OTHER + b"\n" + ENTRY)
+    clean.done(*REINSTALL, str(i686.libraries))
+    clean.done(*UPGRADE, str(second.libraries))
+    assert len(clean.rpm("-qa").stdout.split()) == 2
+    assert clean.content() == OTHER + b"\n" + ENTRY
+    said = clean.rpm(*ERASE, f"{LIBRARIES}.{goes}")
+    # Programs of that architecture complain until the entry is out, the scriptlet's too.
+    lines = [line for line in said.stderr.splitlines() if not line.startswith("ERROR: ld.so: ")]
+    assert (said.returncode, lines) == (0, [])
+    assert clean.content() == OTHER + b"\n"
+    clean.done(*ERASE, LIBRARIES)
+    clean.preload.unlink()
+
+
+# What is in /etc/ld.so.preload, and whether the loader opens a library of ours there.
+LEFT = {
+    "an entry": (ENTRY, True),
+    "blanks": (b"# why\n\t/usr/$LIB/libksm_preload.so ", True),
+    "a colon": (OTHER + b":/usr/$LIB/libksm_preload_follow.so\n", True),
+    "a comment": (b"# " + ENTRY, False),
+    "another name": (b"/usr/lib/libksm_preload.so.old /usr/lib/my-libksm_preload.so\n", False),
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_ksm_rescue_leaves_keeps_the_packages(clean: System, first: Build, left: str) -> None:
+    """Here it takes nothing out, as if it knew none of the names."""
+    content, ours = LEFT[left]
+    clean.done(*INSTALL, *first.files)
+    rescue = clean.folder / "usr/sbin/ksm-rescue"
+    rescue.unlink()
+    shutil.copy(clean.folder / "usr/bin/true", rescue)
+    clean.preload.write_bytes(content)
+    for packages in ((FRONT, LIBRARIES), ("--nodeps", LIBRARIES)) if ours else ():
+        said = clean.rpm(*ERASE, *packages)
+        assert said.returncode != 0
+        assert "/etc/ld.so.preload still names a library of this package" in said.stderr
+        assert len(clean.rpm("-qa").stdout.split()) == 2
+    if ours:
+        clean.preload.unlink()
+    said = clean.rpm(*ERASE, FRONT, LIBRARIES)
+    assert said.returncode == 0, said.stderr
+    clean.preload.unlink(missing_ok=True)
+
+
+def test_who_is_left_out_stays_so_to_the_end(clean: System, first: Build) -> None:
+    """However an administrator has written it, and all of it goes."""
+    clean.done(*INSTALL, *first.files)
+    units = clean.folder / "etc/systemd/system"
+    settings = {"a": "=no", "b": " = Off", "c": "=true", "d": "=0", "e": " = yes", "f": "="}
+    for name, value in settings.items():
+        file = units / f"{name}.service.d" / systemd.NAME
+        file.parent.mkdir()
+        file.write_text(systemd.DropIn("", on=True).text.replace("=yes", value))
+    removed = clean.folder / "removed"
+    program = clean.folder / "usr/bin/rm"
+    program.rename(program.with_name("away"))
+    program.write_text('#!/bin/sh\necho "$@" >>/removed\nexec away "$@"\n')
+    program.chmod(0o755)
+    try:
+        clean.done(*ERASE, FRONT, LIBRARIES)
+        order = re.findall(r"/(\w)\.service\.d/", removed.read_text())
+    finally:
+        program.with_name("away").rename(program)
+        removed.unlink()
+    assert order == [*"cef", *"abd"]
 
 
 def test_what_cannot_be_taken_out_keeps_the_packages(clean: System, first: Build) -> None:
