@@ -34,7 +34,8 @@ def test_command(command: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=900,  # of a hang: script/demo took 83 s alone, and more than 300 s beside three machines in QEMU
+        # Of a hang: script/demo took 83 s alone, and more than 300 s beside machines in QEMU.
+        timeout=900,
         env={**os.environ, "LC_ALL": "C.UTF-8"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
